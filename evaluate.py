@@ -1,0 +1,302 @@
+"""3. Score every fitted image: ROC-AUC, a threshold from normal images alone, histograms and difference maps.
+
+    python evaluate.py                                        # the run trained last
+    python evaluate.py --run-dir outputs/cifar10-automobile --quantile 0.99
+
+Writes scores.csv, metrics.json and five pictures to the run folder. A high score means anomalous, for every score.
+"""
+
+import csv
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+
+import plots
+import util
+
+
+@dataclass
+class Config:
+    run_dir: Path | None = None  # the run to use; by default the one trained last
+    quantile: float = 0.95  # share of the validation normals that the threshold leaves unflagged
+    bootstrap: int = 1000  # resamples behind each 95% interval
+    batch_size: int = 256  # images that go through D at once
+    seed: int = 0  # of the bootstrap
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda, cuda:1, cpu, ...
+
+
+@dataclass(frozen=True)
+class ScoredSplit:
+    """The fitted images of one split and their scores, every array in the same order."""
+
+    images: util.ImageSet
+    z: np.ndarray  # (N, latent_dim)
+    class_name: np.ndarray  # (N,) str
+    is_anomaly: np.ndarray  # (N,) bool
+    scores: dict[str, np.ndarray]  # by name: anomaly_score, residual, discrimination, p_d; each (N,)
+
+
+def p_values(score: np.ndarray, validation_score: np.ndarray) -> np.ndarray:
+    """Share of the validation normals that score at least as high: scores (N,) to shares (N,) in [0, 1]."""
+    below = np.searchsorted(np.sort(validation_score), score, side="left")
+    return 1 - below / len(validation_score)
+
+
+def bootstrap_interval(score: np.ndarray, is_anomaly: np.ndarray, resamples: int, seed: int) -> list[float]:
+    """95% percentile interval of the ROC-AUC, normals and anomalies resampled each among themselves.
+
+    The AUC is the share of (normal, anomaly) pairs in which the anomaly scores higher, ties counting half
+    (Mann-Whitney), so a resample needs only counts over the distinct scores and no new sort.
+    """
+    rng = np.random.default_rng(seed)
+    values, place = np.unique(score, return_inverse=True)
+    normal, anomalous = place[~is_anomaly], place[is_anomaly]
+    aucs = []
+    for _ in range(resamples):
+        normals = np.bincount(rng.choice(normal, len(normal)), minlength=len(values))  # how many score each value
+        anomalies = np.bincount(rng.choice(anomalous, len(anomalous)), minlength=len(values))
+        normals_below = np.cumsum(normals) - normals
+        aucs.append(anomalies @ (normals_below + normals / 2) / (len(normal) * len(anomalous)))
+    return np.quantile(aucs, [0.025, 0.975]).tolist()
+
+
+def detection_metrics(score: np.ndarray, is_anomaly: np.ndarray, resamples: int, seed: int) -> dict[str, object]:
+    """How well a score (N,) ranks anomalies above normals; an inverted score comes out below 0.5, never flipped."""
+    fpr, tpr, _ = roc_curve(is_anomaly, score, drop_intermediate=False)
+    return {
+        "roc_auc": float(roc_auc_score(is_anomaly, score)),
+        "roc_auc_95_interval": bootstrap_interval(score, is_anomaly, resamples, seed),
+        "average_precision": float(average_precision_score(is_anomaly, score)),
+        "fpr_at_95_tpr": float(fpr[np.argmax(tpr >= 0.95)]),  # false alarms when 95% of the anomalies are caught
+        "n_normal": int((~is_anomaly).sum()),
+        "n_anomalous": int(is_anomaly.sum()),
+    }
+
+
+def protocol_metrics(splits: list["ScoredSplit"], config: Config) -> dict[str, dict]:
+    """`detection_metrics` of every score over these splits together: all anomalies, then each anomalous class."""
+    class_name = np.concatenate([split.class_name for split in splits])
+    is_anomaly = np.concatenate([split.is_anomaly for split in splits])
+    metrics = {}
+    for name in splits[0].scores:
+        score = np.concatenate([split.scores[name] for split in splits])
+        metrics[name] = detection_metrics(score, is_anomaly, config.bootstrap, config.seed)
+        metrics[name]["per_class"] = {}
+        for anomaly in np.unique(class_name[is_anomaly]):
+            rows = ~is_anomaly | (class_name == anomaly)
+            metrics[name]["per_class"][str(anomaly)] = detection_metrics(
+                score[rows], is_anomaly[rows], config.bootstrap, config.seed
+            )
+    return metrics
+
+
+def threshold_metrics(score: np.ndarray, is_anomaly: np.ndarray, threshold: float) -> dict[str, float | None]:
+    """What a threshold gives: false-alarm rate over normals, detection rate over anomalies, precision of the flags."""
+    flagged = score > threshold
+    return {
+        "false_alarm_rate": float(flagged[~is_anomaly].mean()),
+        "detection_rate": float(flagged[is_anomaly].mean()),
+        "precision": float(is_anomaly[flagged].mean()) if flagged.any() else None,  # nothing flagged, nothing to divide
+    }
+
+
+def read_fits(run_dir: Path, gan: util.TrainedGAN) -> dict[str, dict]:
+    """The latents of validation, test and every other split fitted. Raises InputError unless all are of one search."""
+    others = [split for split in ("train", "train_anomalies") if (run_dir / f"latents-{split}.npz").is_file()]
+    latents = {split: util.read_latents(run_dir, split, gan) for split in ("validation", "test", *others)}
+    for split in latents:
+        if latents[split]["search"] != latents["validation"]["search"]:
+            raise util.InputError(
+                f"validation and {split} were fitted with different settings ({latents['validation']['search']} and "
+                f"{latents[split]['search']}): run fit_latent.py --run-dir {run_dir} for both with the same"
+            )
+    return latents
+
+
+def fitted_images(gan: util.TrainedGAN, split: str, latents: dict) -> util.ImageSet:
+    """The images that these latents belong to. Raises InputError if the data set has changed since."""
+    image_set = util.open_split(gan.dataset, split, gan.normal_class)
+    position = {index: i for i, index in enumerate(image_set.index)}
+    fitted = image_set.take(np.array([position.get(index, 0) for index in latents["index"]]))
+    for name in ("index", "label", "source"):
+        if not np.array_equal(getattr(fitted, name), latents[name]):
+            raise util.InputError(
+                f"the images of {gan.dataset} are not those that latents-{split}.npz was fitted to (other {name}): "
+                f"run fit_latent.py --splits {split} again"
+            )
+    return fitted
+
+
+@torch.no_grad()
+def score_split(gan: util.TrainedGAN, split: str, latents: dict, config: Config) -> ScoredSplit:
+    """The scores of a split: A(x), its two parts R and D, and P_D = 1 - P(x is real)."""
+    image_set = fitted_images(gan, split, latents)
+    images, _ = util.load_images(image_set, gan.image_size, gan.image_channels)
+    logits = [gan.discriminator(util.to_model(batch, config.device)).cpu() for batch in images.split(config.batch_size)]
+    weight = latents["search"]["discrimination_weight"]
+    return ScoredSplit(
+        images=image_set,
+        z=latents["z"],
+        class_name=np.array(gan.classes)[image_set.label],
+        is_anomaly=image_set.label != gan.classes.index(gan.normal_class),
+        scores={
+            "anomaly_score": util.anomaly_score(latents["residual"], latents["discrimination"], weight),
+            "residual": latents["residual"],
+            "discrimination": latents["discrimination"],
+            # 1 - sigmoid(l) = sigmoid(-l); in float64, or a confident D would make ties at 0 and 1
+            "p_d": torch.cat(logits).double().neg().sigmoid().numpy(),
+        },
+    )
+
+
+@torch.no_grad()
+def real_and_generated(
+    gan: util.TrainedGAN, split: ScoredSplit, rows: np.ndarray, config: Config
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and G(z) of some rows of a split, each (N, C, H, W) in [0, 1] on the CPU."""
+    images, _ = util.load_images(split.images.take(rows), gan.image_size, gan.image_channels)
+    z = torch.from_numpy(split.z[rows]).to(config.device)
+    generated = torch.cat([gan.generator(batch).cpu() for batch in z.split(config.batch_size)])
+    return util.to_display(util.to_model(images)), util.to_display(generated)
+
+
+def write_scores(path: Path, scored: dict[str, ScoredSplit], threshold: float) -> None:
+    """scores.csv, a row an image."""
+    validation_score = scored["validation"].scores["anomaly_score"]
+    with util.replacing(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="replace") as file:
+        writer = csv.writer(file)
+        about = ["split", "index", "source", "label", "class_name", "is_anomaly"]
+        writer.writerow([*about, *scored["test"].scores, "p_value", "flagged"])
+        for name, split in scored.items():
+            score = split.scores["anomaly_score"]
+            p_value = p_values(score, validation_score)
+            for i in range(len(split.images)):
+                writer.writerow(
+                    [name, split.images.index[i], split.images.source[i], split.images.label[i], split.class_name[i]]
+                    + [int(split.is_anomaly[i])]
+                    + [f"{values[i]:.9g}" for values in (*split.scores.values(), p_value)]
+                    + [int(score[i] > threshold)]
+                )
+
+
+def print_table(metrics: dict) -> None:
+    """The figures of metrics.json that a person wants first."""
+
+    def row(name: str, of: dict) -> str:
+        low, high = of["roc_auc_95_interval"]
+        below = "  below chance" if high < 0.5 else ""
+        return (
+            f"{name:<20} {of['roc_auc']:.3f} [{low:.3f}, {high:.3f}]  {of['average_precision']:>8.3f}"
+            f"  {of['fpr_at_95_tpr']:>8.3f}{below}"
+        )
+
+    for protocol in ("test", "all_splits"):
+        if protocol not in metrics:
+            continue
+        headline = metrics[protocol]["anomaly_score"]
+        normals = f"{headline['n_normal']} normal ({metrics['normal_class']})"
+        print(f"\n{protocol}: {normals}, {headline['n_anomalous']} anomalous images")
+        print(f"{'score':<20} ROC-AUC [95% interval]  avg.prec.  FPR at 95% TPR")
+        for name, of in metrics[protocol].items():
+            print(row(name, of))
+        print("anomaly_score by anomalous class")
+        for name, of in headline["per_class"].items():
+            print(row(f"  {name}", of))
+    threshold = metrics["threshold"]
+    print(
+        f"\nthreshold {threshold['value']:.4g}, the {threshold['quantile']:g} quantile of validation normals: on test "
+        f"it flags {threshold['test']['false_alarm_rate']:.1%} of the normal and "
+        f"{threshold['test']['detection_rate']:.1%} of the anomalous images"
+    )
+
+
+def main(config: Config) -> None:
+    """Score, measure, draw."""
+    started = time.monotonic()
+    util.check_at_least(config, 1, "bootstrap", "batch_size")
+    util.check_at_least(config, 0, "seed")
+    if not 0 < config.quantile < 1:
+        raise util.InputError(f"--quantile must lie between 0 and 1, not {config.quantile}")
+    device = util.pick_device(config.device)
+    run_dir = util.find_run(config.run_dir)
+    gan = util.load_gan(run_dir, device)
+    print(f"run: {run_dir}   normal class: {gan.normal_class}   trained for {gan.epoch} epochs   device: {device}")
+
+    # Score every split that was fitted
+    scored = {split: score_split(gan, split, fit, config) for split, fit in read_fits(run_dir, gan).items()}
+    validation, test = scored["validation"], scored["test"]
+    if test.is_anomaly.all() or not test.is_anomaly.any():
+        raise util.InputError(
+            f"the fitted test images are all {'anomalous' if test.is_anomaly.all() else 'normal'}, and ROC-AUC needs "
+            f"both kinds: add images to {gan.dataset}, or raise --max-images of fit_latent.py"
+        )
+
+    # A threshold from validation normals alone, and what it and each score give on test
+    threshold = float(np.quantile(validation.scores["anomaly_score"], config.quantile))
+    metrics = {
+        "normal_class": gan.normal_class,
+        "threshold": {
+            "score": "anomaly_score",
+            "quantile": config.quantile,
+            "value": threshold,
+            "test": threshold_metrics(test.scores["anomaly_score"], test.is_anomaly, threshold),
+        },
+        "test": protocol_metrics([test], config),
+    }
+    if "train_anomalies" in scored:
+        metrics["all_splits"] = protocol_metrics([validation, test, scored["train_anomalies"]], config)
+    util.write_json(run_dir / "metrics.json", metrics)
+    write_scores(run_dir / "scores.csv", scored, threshold)
+
+    # Pictures
+    title = f"{run_dir.name}, test split"
+    plots.roc_curves(run_dir / "roc.png", test.scores, test.is_anomaly, metrics["test"], title)
+    plots.score_histograms(run_dir / "score_histograms.png", test.scores, test.is_anomaly, threshold, title)
+    plots.per_class_auc(run_dir / "per_class_auc.png", metrics["test"], title)
+
+    score = test.scores["anomaly_score"]
+    p_value = p_values(score, validation.scores["anomaly_score"])
+    ranked = np.argsort(score, kind="stable")
+    plots.ranking(
+        run_dir / "ranking.png",
+        {
+            f"most {kind}": (
+                real_and_generated(gan, test, rows, config)[0],
+                [f"{test.class_name[i]}\nA = {score[i]:.0f}" for i in rows],
+                test.is_anomaly[rows],
+            )
+            for kind, rows in (("normal", ranked[:16]), ("anomalous", ranked[::-1][:16]))
+        },
+        title,
+    )
+    # The first few normals and the first two of each anomalous class, not the best-looking ones
+    rows = [np.flatnonzero(~test.is_anomaly)[:4]]
+    rows += [np.flatnonzero(test.class_name == name)[:2] for name in np.unique(test.class_name[test.is_anomaly])[:10]]
+    rows = np.concatenate(rows)
+    # Red marks differences larger than those that pixels of validation normals show
+    real, generated = real_and_generated(gan, validation, np.arange(min(len(validation.images), 1000)), config)
+    pixel_threshold = float(np.quantile((real - generated).mean(1).abs().numpy(), config.quantile))
+    plots.difference_maps(
+        run_dir / "difference_maps.png",
+        *real_and_generated(gan, test, rows, config),
+        [[test.class_name[i], f"A = {score[i]:.0f}", f"p = {p_value[i]:.2f}"] for i in rows],
+        pixel_threshold,
+        title,
+    )
+
+    util.record_run(run_dir, "evaluate", config, device, time.monotonic() - started)
+    print_table(metrics)
+    print(
+        f"\nwrote {run_dir}/: scores.csv metrics.json roc.png score_histograms.png per_class_auc.png "
+        "difference_maps.png ranking.png run.json"
+    )
+
+
+if __name__ == "__main__":
+    with util.clear_errors():
+        main(tyro.cli(Config, description=__doc__))

@@ -1,0 +1,76 @@
+"""The two networks of a DCGAN (Radford et al. 2016), as AnoGAN (Schlegl et al. 2017) uses them.
+
+`image_size` sets the length of both ladders: every rung doubles or halves the side, between 4 and `image_size`.
+At 64 the generator's widths are 8, 4, 2, 1 x ngf at 4x4, 8x8, 16x16, 32x32, then the image; the discriminator is its
+mirror. At 32 the ladder is one rung shorter (4, 2, 1), at 128 one longer (16, 8, 4, 2, 1).
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+
+def channel_multipliers(image_size: int) -> list[int]:
+    """Widths of the hidden layers from the image inwards, in units of ngf or ndf: 64 -> [1, 2, 4, 8].
+
+    Raises ValueError unless `image_size` is a power of two from 32 up.
+    """
+    if image_size < 32 or image_size & (image_size - 1):
+        raise ValueError(f"image_size must be a power of two from 32 up (32, 64, 128, ...), not {image_size}")
+    return [2**rung for rung in range(image_size.bit_length() - 3)]
+
+
+class Generator(nn.Module):
+    """G: a latent z ~ N(0, I) to an image in [-1, 1].
+
+    Raises ValueError unless `image_size` is a power of two from 32 up.
+    """
+
+    def __init__(self, image_size: int = 64, image_channels: int = 3, latent_dim: int = 128, ngf: int = 64) -> None:
+        super().__init__()
+        widths = [ngf * multiplier for multiplier in reversed(channel_multipliers(image_size))]
+        # (N, latent_dim, 1, 1) -> (N, 8 ngf, 4, 4) at image_size 64
+        layers = [nn.ConvTranspose2d(latent_dim, widths[0], 4, 1, 0, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()]
+        for wide, narrow in pairwise(widths):  # each rung doubles the side
+            layers += [nn.ConvTranspose2d(wide, narrow, 4, 2, 1, bias=False), nn.BatchNorm2d(narrow), nn.ReLU()]
+        layers += [nn.ConvTranspose2d(widths[-1], image_channels, 4, 2, 1, bias=False), nn.Tanh()]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """z (N, latent_dim) to images (N, image_channels, image_size, image_size) in [-1, 1]."""
+        return self.layers(z[:, :, None, None])
+
+
+class Discriminator(nn.Module):
+    """D: an image in [-1, 1] to one logit; sigmoid(logit) is D's probability that the image is real.
+
+    Raises ValueError unless `image_size` is a power of two from 32 up.
+    """
+
+    def __init__(self, image_size: int = 64, image_channels: int = 3, ndf: int = 64) -> None:
+        super().__init__()
+        widths = [ndf * multiplier for multiplier in channel_multipliers(image_size)]
+        # Like G's last layer, whose mirror it is, D's first has no BatchNorm: it would hide the image's own contrast.
+        layers = [nn.Conv2d(image_channels, widths[0], 4, 2, 1, bias=False), nn.LeakyReLU(0.2)]
+        for narrow, wide in pairwise(widths):  # each rung halves the side
+            layers += [nn.Conv2d(narrow, wide, 4, 2, 1, bias=False), nn.BatchNorm2d(wide), nn.LeakyReLU(0.2)]
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Conv2d(widths[-1], 1, 4, 1, 0, bias=False)
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """f(x), the output of the last hidden layer: (N, 8 ndf, 4, 4) at image_size 64, (N, 4 ndf, 4, 4) at 32."""
+        return self.body(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (N, image_channels, image_size, image_size) in [-1, 1] to logits (N,)."""
+        return self.head(self.features(x)).flatten()  # (N, 1, 1, 1) -> (N,)
+
+
+def initialise_weights(module: nn.Module) -> None:
+    """DCGAN's start, for `network.apply(initialise_weights)`: convolutions N(0, 0.02), BatchNorm N(1, 0.02), bias 0."""
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1.0, 0.02)
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,149 @@
+"""The pictures that evaluate.py leaves: ROC curves, histograms, AUC by class, difference maps, ranking."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sklearn.metrics import roc_curve
+
+import util
+
+matplotlib.use("Agg")  # files, not windows: a server has no screen
+import matplotlib.pyplot as plt
+
+LABELS = {
+    "anomaly_score": "A(x), AnoGAN's anomaly score",
+    "residual": "R, residual",
+    "discrimination": "D, discrimination",
+    "p_d": "P_D, discriminator alone",
+}
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure whole or not at all, and forget it."""
+    with util.replacing(path) as partial:
+        figure.savefig(partial, dpi=120)
+    plt.close(figure)
+
+
+def roc_curves(path: Path, scores: dict[str, np.ndarray], is_anomaly: np.ndarray, metrics: dict, title: str) -> None:
+    """One ROC curve a score, with its area and interval from `metrics`."""
+    figure, axes = plt.subplots(figsize=(6.5, 6), layout="constrained")
+    for name, score in scores.items():
+        fpr, tpr, _ = roc_curve(is_anomaly, score)
+        low, high = metrics[name]["roc_auc_95_interval"]
+        axes.plot(fpr, tpr, label=f"{LABELS[name]}: {metrics[name]['roc_auc']:.3f} [{low:.3f}, {high:.3f}]")
+    axes.plot([0, 1], [0, 1], color="grey", linestyle=":", label="chance: 0.5")
+    axes.set(xlabel="false positive rate (normals flagged)", ylabel="true positive rate (anomalies flagged)")
+    axes.set(title=title, xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axes.legend(title="ROC-AUC [95% interval]", loc="lower right", fontsize="small")
+    axes.grid(alpha=0.3)
+    save(figure, path)
+
+
+def score_histograms(
+    path: Path, scores: dict[str, np.ndarray], is_anomaly: np.ndarray, threshold: float, title: str
+) -> None:
+    """Normal against anomalous images, a panel a score, each kind with area 1; the threshold on the anomaly score."""
+    figure, panels = plt.subplots(1, len(scores), figsize=(4 * len(scores), 3.6), layout="constrained", squeeze=False)
+    for axes, (name, score) in zip(panels.flat, scores.items(), strict=True):
+        bins = np.linspace(*np.quantile(score, [0.0, 0.998]), 50)  # a handful of extreme scores would squeeze the rest
+        for kind, rows, colour in (("normal", ~is_anomaly, "tab:green"), ("anomalous", is_anomaly, "tab:red")):
+            axes.hist(score[rows], bins, density=True, alpha=0.5, color=colour, label=f"{kind} ({rows.sum()})")
+        if name == "anomaly_score":
+            axes.axvline(threshold, color="black", linestyle="--", label="threshold, from validation")
+        axes.set(xlabel=LABELS[name], yticks=[])
+        axes.legend(fontsize="small")
+    panels[0, 0].set_ylabel("density")
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def per_class_auc(path: Path, metrics: dict, title: str) -> None:
+    """ROC-AUC of each anomalous class against the normals, a bar a score, with 95% intervals."""
+    names = list(next(iter(metrics.values()))["per_class"])
+    figure, axes = plt.subplots(figsize=(max(6.0, 1.1 * len(names) + 2), 4.2), layout="constrained")
+    width = 0.8 / len(metrics)
+    for i, (score, overall) in enumerate(metrics.items()):
+        auc = np.array([overall["per_class"][name]["roc_auc"] for name in names])
+        interval = np.array([overall["per_class"][name]["roc_auc_95_interval"] for name in names]).T  # (2, classes)
+        places = np.arange(len(names)) + (i - (len(metrics) - 1) / 2) * width
+        # percentile intervals of a skewed bootstrap may leave out the estimate itself
+        errors = np.abs(interval - auc).clip(min=0)
+        axes.bar(places, auc, width, yerr=errors, capsize=2, label=LABELS[score], error_kw={"linewidth": 0.8})
+    axes.axhline(0.5, color="black", linestyle=":", linewidth=1)
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axes.set(ylabel="ROC-AUC", ylim=(0, 1.03), title=f"{title}: AUC by anomalous class (dotted: chance)")
+    figure.legend(fontsize="small", ncols=4, loc="outside lower center")
+    save(figure, path)
+
+
+def difference_maps(
+    path: Path, real: torch.Tensor, generated: torch.Tensor, captions: list[list[str]], threshold: float, title: str
+) -> None:
+    """Real, generated, their signed difference, and in red where it passes the threshold: four panels an image.
+
+    real and generated are (N, C, H, W) in [0, 1]; the difference is the mean over colour channels, in [-1, 1]. The
+    words of an image's caption stand above its panels, one each.
+    """
+    difference = (real - generated).mean(1)  # (N, H, W)
+    lines = -(-len(real) // 2)  # two images to a line, or the picture grows too tall to look at
+    figure, grid = plt.subplots(
+        lines,
+        9,
+        figsize=(11, 1.45 * lines + 1.2),
+        layout="constrained",
+        squeeze=False,
+        width_ratios=[1, 1, 1, 1, 0.2, 1, 1, 1, 1],
+    )
+    for axes in grid.flat:
+        axes.axis("off")
+    headers = ("real", "generated", "real - generated", "overlay")
+    for i in range(len(real)):
+        panels = grid[i % lines, :4] if i < lines else grid[i % lines, 5:]
+        overlay = to_rgb(real[i]).copy()
+        overlay[difference[i].abs().numpy() > threshold] = (1, 0, 0)
+        panels[0].imshow(to_rgb(real[i]))
+        panels[1].imshow(to_rgb(generated[i]))
+        signed = panels[2].imshow(difference[i], cmap="RdBu_r", vmin=-1, vmax=1)
+        panels[3].imshow(overlay)
+        for axes, header, words in zip(panels, headers, [*captions[i], ""], strict=True):
+            axes.set_title(f"{header}\n\n{words}" if i % lines == 0 else words, fontsize=8)
+    figure.colorbar(signed, ax=grid, location="bottom", shrink=0.4, aspect=40, fraction=0.02, pad=0.01)
+    figure.suptitle(f"{title}: overlay in red where |difference| > {threshold:.2f}")
+    save(figure, path)
+
+
+def ranking(path: Path, groups: dict[str, tuple[torch.Tensor, list[str], np.ndarray]], title: str) -> None:
+    """Two groups of images, eight in a row; a frame in green round the normal ones and in red round the anomalies.
+
+    A group is (images (N, C, H, W) in [0, 1], captions, is_anomaly (N,)).
+    """
+    figure = plt.figure(figsize=(11, 8), layout="constrained")
+    for block, (name, (images, captions, is_anomaly)) in zip(figure.subfigures(2, 1), groups.items(), strict=True):
+        panels = block.subplots(2, 8)
+        for axes in panels.flat:
+            axes.axis("off")
+        for axes, image, caption, anomalous in zip(panels.flat, images, captions, is_anomaly, strict=False):
+            show_framed(axes, image, "tab:red" if anomalous else "tab:green")
+            axes.set_title(caption, fontsize=8)
+        block.suptitle(f"{name} by the anomaly score")
+    figure.suptitle(f"{title} (green frame: normal, red frame: anomalous)")
+    save(figure, path)
+
+
+def show_framed(axes: Axes, image: torch.Tensor, colour: str) -> None:
+    """An image (C, H, W) in [0, 1] with a coloured frame."""
+    axes.imshow(to_rgb(image))
+    axes.axis("on")
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set(color=colour, linewidth=3)
+
+
+def to_rgb(image: torch.Tensor) -> np.ndarray:
+    """(1 or 3, H, W) to (H, W, 3)."""
+    return image.expand(3, -1, -1).permute(1, 2, 0).numpy()

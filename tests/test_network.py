@@ -1,0 +1,70 @@
+"""Shapes, parameter counts, features and first weights of G and D."""
+
+import pytest
+import torch
+from torch import nn
+
+from network import Discriminator, Generator, initialise_weights
+
+
+@pytest.mark.parametrize("image_size", [32, 64, 128])
+@pytest.mark.parametrize("image_channels", [1, 3])
+def test_shapes(image_size: int, image_channels: int) -> None:
+    images = Generator(image_size, image_channels, latent_dim=7, ngf=2)(torch.randn(5, 7))
+    assert images.shape == (5, image_channels, image_size, image_size)
+    assert images.abs().max() <= 1
+    discriminator = Discriminator(image_size, image_channels, ndf=2)
+    assert discriminator(images).shape == (5,)
+    assert discriminator.features(images).shape == (5, 2 * image_size // 8, 4, 4)
+
+
+def count(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_parameter_counts(channels: int) -> None:
+    # 4x4 kernels without bias, and two numbers a channel for each BatchNorm
+    at_64 = 16 * (128 * 512 + 512 * 256 + 256 * 128 + 128 * 64 + 64 * channels) + 2 * (512 + 256 + 128 + 64)
+    assert count(Generator(64, channels, latent_dim=128, ngf=64)) == at_64
+    at_32 = 16 * (128 * 256 + 256 * 128 + 128 * 64 + 64 * channels) + 2 * (256 + 128 + 64)
+    assert count(Generator(32, channels, latent_dim=128, ngf=64)) == at_32
+    at_64 = 16 * (channels * 64 + 64 * 128 + 128 * 256 + 256 * 512 + 512) + 2 * (128 + 256 + 512)
+    assert count(Discriminator(64, channels, ndf=64)) == at_64
+    at_32 = 16 * (channels * 64 + 64 * 128 + 128 * 256 + 256) + 2 * (128 + 256)
+    assert count(Discriminator(32, channels, ndf=64)) == at_32
+
+
+def test_features_are_what_the_logit_is_made_from() -> None:
+    torch.manual_seed(0)
+    discriminator = Discriminator(64, 3, ndf=64).eval()
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    features = discriminator.features(x)
+    assert features.shape == (2, 512, 4, 4)  # 8 ndf x 4 x 4, after the activation of the last hidden layer
+    by_hand = (features * discriminator.head.weight).sum((1, 2, 3))
+    torch.testing.assert_close(discriminator(x), by_hand)
+    slope = features[features < 0].abs().mean() / features[features > 0].mean()
+    assert 0.1 < slope < 0.4  # LeakyReLU(0.2) of roughly symmetric inputs
+
+
+def test_first_weights() -> None:
+    torch.manual_seed(0)
+    for network in (Generator(64), Discriminator(64)):
+        network.apply(initialise_weights)
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                weight = module.weight
+                assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+                assert abs(weight.mean().item()) < 4 * 0.02 / weight.numel() ** 0.5
+                assert module.bias is None
+            if isinstance(module, nn.BatchNorm2d):
+                assert module.weight.std().item() == pytest.approx(0.02, rel=0.4)
+                assert module.weight.mean().item() == pytest.approx(1, abs=0.01)
+                assert (module.bias == 0).all()
+
+
+@pytest.mark.parametrize("image_size", [0, 16, 31, 48, 65, -64])
+def test_wrong_image_size(image_size: int) -> None:
+    for network in (Generator, Discriminator):
+        with pytest.raises(ValueError, match="power of two from 32 up"):
+            network(image_size)
