@@ -89,7 +89,7 @@ def difference_maps(
     real and generated are (N, C, H, W) in [0, 1]; the difference is the mean over colour channels, in [-1, 1]. The
     words of an image's caption stand above its panels, one each.
     """
-    difference = (real - generated).mean(1)  # (N, H, W)
+    difference = (real - generated).mean(1).numpy()  # (N, H, W)
     lines = -(-len(real) // 2)  # two images to a line, or the picture grows too tall to look at
     figure, grid = plt.subplots(
         lines,
@@ -105,7 +105,7 @@ def difference_maps(
     for i in range(len(real)):
         panels = grid[i % lines, :4] if i < lines else grid[i % lines, 5:]
         overlay = to_rgb(real[i]).copy()
-        overlay[difference[i].abs().numpy() > threshold] = (1, 0, 0)
+        overlay[np.abs(difference[i]) > threshold] = (1, 0, 0)
         panels[0].imshow(to_rgb(real[i]))
         panels[1].imshow(to_rgb(generated[i]))
         signed = panels[2].imshow(difference[i], cmap="RdBu_r", vmin=-1, vmax=1)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import platform
@@ -338,8 +339,11 @@ class TrainedGAN:
 def load_gan(run_dir: Path, device: torch.device) -> TrainedGAN:
     """Read and check `run_dir`/gan.pt. Raises InputError if it is cut short, foreign, or holds more than plain data."""
     path = run_dir / "gan.pt"
+    content = path.read_bytes()
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds a {type(state).__name__}")
         config, channels = state["config"], state["image_channels"]
         generator = Generator(config["image_size"], channels, config["latent_dim"], config["ngf"])
         generator.load_state_dict(state["generator"])
@@ -355,10 +359,8 @@ def load_gan(run_dir: Path, device: torch.device) -> TrainedGAN:
             image_channels=channels,
             latent_dim=config["latent_dim"],
             epoch=state["epoch"],
-            fingerprint=hashlib.sha256(path.read_bytes()).hexdigest(),
+            fingerprint=hashlib.sha256(content).hexdigest(),
         )
-    except OSError:
-        raise
     except Exception as error:  # torch.load raises almost anything on bytes that are not its own
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'}"
         raise InputError(
@@ -393,8 +395,9 @@ def read_latents(run_dir: Path, split: str, gan: TrainedGAN) -> dict[str, Any]:
     again = f"run fit_latent.py --run-dir {run_dir} --splits {split}"
     if not path.is_file():
         raise InputError(f"{path} is missing: {again} first")
+    content = path.read_bytes()
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
             latents = {name: file[name] for name in file.files}
         latents["search"] = json.loads(str(latents["search"]))
         shapes = {name: latents[name].shape for name in ("residual", "discrimination", "label", "index", "source")}
@@ -402,8 +405,6 @@ def read_latents(run_dir: Path, split: str, gan: TrainedGAN) -> dict[str, Any]:
         whole = latents["z"].shape == (count, gan.latent_dim) and set(shapes.values()) == {(count,)} and count > 0
         whole = whole and all(np.isfinite(latents[name]).all() for name in ("z", "residual", "discrimination"))
         fingerprint = str(latents["gan"])
-    except OSError:
-        raise
     except Exception as error:  # zipfile and numpy raise almost anything on damaged bytes
         raise InputError(f"{path} is damaged or was not written by fit_latent.py ({error}): {again} again") from error
     if fingerprint != gan.fingerprint:

@@ -1,0 +1,205 @@
+"""Images in, the four splits, the losses, run files out."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import util
+from util import InputError
+
+
+def draw(path: Path, mode: str = "RGB", size: tuple[int, int] = (40, 40), value: object = 100) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value).save(path)
+
+
+def folder(root: Path, counts: dict[str, int]) -> Path:
+    """A data set of plain pictures: {"train/good": 10, ...}."""
+    for name, count in counts.items():
+        for i in range(count):
+            draw(root / name / f"{i:02d}.png", value=(i, 0, 0))
+    return root
+
+
+def load_one(path: Path, channels: int = 3, size: int = 32) -> np.ndarray:
+    """What one picture becomes: (channels, size, size)."""
+    image_set = util.ImageSet("x", ["a"], np.array([0]), np.array([0]), np.array(["p"]), lambda i: Image.open(path))
+    return util.load_images(image_set, size, channels)[0][0].numpy()
+
+
+# ---- images in
+
+
+def test_four_splits_of_digits() -> None:
+    train = util.open_split("digits", "train", "3")
+    validation = util.open_split("digits", "validation", "3")
+    anomalies = util.open_split("digits", "train_anomalies", "3")
+    test = util.open_split("digits", "test", "3")
+    assert set(train.label) == set(validation.label) == {3}
+    assert len(train) == int(0.8 * (len(train) + len(validation)))
+    assert max(train.index) < min(validation.index)  # the first 80%, in the data set's order
+    assert 3 not in anomalies.label and set(test.label) == set(range(10))
+    parts = [set(part.index) for part in (train, validation, anomalies)]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 1347 and len(test) == 450
+    assert not {s.split("/")[1] for s in test.source} & {s.split("/")[1] for s in train.source}
+
+
+def test_digits_parts_do_not_share_a_scan() -> None:
+    pixels = []
+    for part in ("train", "test"):
+        image_set = util.open_dataset("digits", part)
+        pixels.append([image_set.open_image(i).tobytes() for i in image_set.index])
+    assert len(pixels[0]) + len(pixels[1]) == 1797
+    assert abs(np.bincount(util.open_dataset("digits", "test").label) - 45).max() <= 2  # stratified
+    assert max(map(max, pixels[0])) == 255  # sixteen grey levels spread over 0 to 255
+
+
+def test_folder_in_mvtec_layout(tmp_path: Path) -> None:
+    root = folder(tmp_path / "bottle", {"train/good": 10, "test/good": 2, "test/broken": 3, "ground_truth/broken": 3})
+    train, test = util.open_split(str(root), "train", "good"), util.open_split(str(root), "test", "good")
+    assert train.classes == test.classes == ["broken", "good"]  # one numbering, though train/ lacks a class
+    assert train.name == "bottle" and len(train) == 8 and set(train.label) == {1}
+    names = ["broken/00.png", "broken/01.png", "broken/02.png", "good/00.png", "good/01.png"]
+    assert test.source.tolist() == [f"test/{name}" for name in names]
+    assert test.label.tolist() == [0, 0, 0, 1, 1]
+    images, _ = util.load_images(train, 32, 3)
+    assert images[:, 0, 0, 0].tolist() == list(range(8))  # rows follow the sources
+
+
+def test_files_that_are_not_pictures_are_left_out(tmp_path: Path) -> None:
+    root = folder(tmp_path, {"train/good": 5, "test/good": 1})
+    (root / "train/good/notes.txt").write_text("not an image")
+    (root / "train/good/._00.png").write_bytes(b"what a file manager leaves")
+    (root / "train/.cache").mkdir()
+    assert len(util.open_dataset(str(root), "train")) == 5
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
+    levels = np.full((32, 32), 30000, np.uint16)
+    for name in ("a.png", "a.tif"):
+        Image.fromarray(levels).save(tmp_path / name)
+        assert (load_one(tmp_path / name, channels=1) == round(30000 / 257)).all()
+
+
+def test_transparent_parts_are_white(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png", "RGBA", value=(0, 0, 0, 0))
+    draw(tmp_path / "b.png", "RGBA", value=(200, 0, 0, 255))
+    draw(tmp_path / "c.png", "LA", value=(0, 0))
+    assert (load_one(tmp_path / "a.png") == 255).all()
+    assert load_one(tmp_path / "b.png")[:, 0, 0].tolist() == [200, 0, 0]
+    assert (load_one(tmp_path / "c.png") == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "value"), [("RGB", (9, 99, 199)), ("CMYK", (3, 5, 7, 9)), ("L", 77), ("1", 1), ("P", 3)]
+)
+def test_every_mode_becomes_grey_or_colour(tmp_path: Path, mode: str, value: object) -> None:
+    draw(tmp_path / "a.tif", mode, value=value)
+    expected = Image.new(mode, (1, 1), value).convert("RGB").getpixel((0, 0))
+    assert load_one(tmp_path / "a.tif")[:, 5, 5].tolist() == list(expected)
+    assert load_one(tmp_path / "a.tif", channels=1).shape == (1, 32, 32)
+
+
+def test_shorter_side_is_resized_and_the_centre_cut_out(tmp_path: Path) -> None:
+    wide = np.zeros((64, 192, 3), np.uint8)
+    wide[:, 64:128] = 250  # the middle third
+    Image.fromarray(wide).save(tmp_path / "a.png")
+    assert load_one(tmp_path / "a.png")[:, :, 2:-2].min() > 240
+    draw(tmp_path / "tiny.png", size=(5, 9), value=(60, 60, 60))
+    assert (load_one(tmp_path / "tiny.png") == 60).all()
+
+
+def test_downscaling_is_antialiased(tmp_path: Path) -> None:
+    stripes = np.zeros((256, 256, 3), np.uint8)
+    stripes[:, ::2] = 255
+    Image.fromarray(stripes).save(tmp_path / "a.png")
+    assert abs(load_one(tmp_path / "a.png").astype(int) - 127).max() < 12  # grey, not a moiré
+
+
+def test_upright_by_exif(tmp_path: Path) -> None:
+    lower_half_white = np.zeros((32, 32), np.uint8)
+    lower_half_white[16:] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned by 180 degrees
+    Image.fromarray(lower_half_white).save(tmp_path / "a.png", exif=exif)
+    turned = load_one(tmp_path / "a.png", channels=1)
+    assert turned[0, 0, 0] == 255 and turned[0, -1, 0] == 0
+
+
+def test_unreadable_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = folder(tmp_path, {"train/good": 6, "test/good": 1})
+    broken = root / "train/good/03.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    image_set = util.open_dataset(str(root), "train")
+    with pytest.raises(InputError, match=r"train/good/03\.png.*--skip-unreadable"):
+        util.load_images(image_set, 32, 3)
+    images, kept = util.load_images(image_set, 32, 3, skip_unreadable=True)
+    assert images[:, 0, 0, 0].tolist() == [0, 1, 2, 4, 5]
+    assert kept.index.tolist() == [0, 1, 2, 4, 5] and "train/good/03.png" not in kept.source
+    printed = capsys.readouterr()
+    assert "skipped 1 of 6 images" in printed.out and "train/good/03.png" in printed.err
+
+
+@pytest.mark.parametrize(("mode", "value"), [("F", 0.5), ("I", 70000), ("I", -1)])
+def test_pixels_of_unknown_range_are_refused(tmp_path: Path, mode: str, value: float) -> None:
+    draw(tmp_path / "a.tif", mode, value=value)
+    with pytest.raises(InputError, match=r"range|0 to 65535"):
+        load_one(tmp_path / "a.tif")
+
+
+def test_range_of_the_models_images() -> None:
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8)
+    torch.testing.assert_close(util.to_model(images), torch.tensor([-1.0, -0.6, 1.0]))
+    torch.testing.assert_close(util.to_display(util.to_model(images)), images / 255)
+
+
+def test_class_by_name_or_index() -> None:
+    assert util.class_label(["airplane", "automobile"], "automobile") == 1
+    assert util.class_label(["airplane", "automobile"], "1") == 1
+    assert util.class_label(["2", "0", "1"], "1") == 2  # a name goes before an index
+    for wrong in ("car", "2", "-1", ""):
+        with pytest.raises(InputError, match="unknown class"):
+            util.class_label(["airplane", "automobile"], wrong)
+
+
+# ---- losses
+
+
+def test_losses_by_hand() -> None:
+    x = torch.tensor([[[[1.0, -1.0]]], [[[0.5, 0.0]]]])  # (2, 1, 1, 2)
+    generated = torch.tensor([[[[0.0, 1.0]]], [[[0.25, 0.25]]]])
+    assert util.residual_loss(x, generated).tolist() == [3.0, 0.5]
+    features = torch.tensor([[[[1.0]], [[2.0]]], [[[3.0]], [[-4.0]]]])  # (2, 2, 1, 1)
+    assert util.discrimination_loss(features, torch.zeros_like(features)).tolist() == [3.0, 7.0]
+    assert util.anomaly_score(np.array([3.0, 0.5]), np.array([3.0, 7.0]), 0.1).tolist() == pytest.approx([3.0, 1.15])
+
+
+# ---- run files
+
+
+def test_replacing_is_all_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    with util.replacing(path) as partial:
+        partial.write_text("first")
+        assert not path.exists()
+    with pytest.raises(ZeroDivisionError), util.replacing(path) as partial:
+        partial.write_text("half")
+        _ = 1 / 0
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
+def test_newest_run_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"run train_gan\.py first"):
+        util.find_run(None)
+    for name, modified in (("b", 300), ("a", 200), ("c", 100)):
+        (tmp_path / "outputs" / name).mkdir(parents=True)
+        (tmp_path / "outputs" / name / "gan.pt").touch()
+        os.utime(tmp_path / "outputs" / name / "gan.pt", (modified, modified))
+    assert util.find_run(None) == Path("outputs/b")
+    with pytest.raises(InputError, match=r"has no gan\.pt"):
+        util.find_run(Path("outputs/d"))
