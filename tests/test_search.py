@@ -48,9 +48,8 @@ def plain_search(networks: Networks, image: torch.Tensor) -> tuple[torch.Tensor,
         (gradient,) = torch.autograd.grad((1 - WEIGHT) * residual + WEIGHT * discrimination, z)
         first_moment = 0.9 * first_moment + 0.1 * gradient
         second_moment = 0.999 * second_moment + 0.001 * gradient**2
-        lr = LR * (1 + np.cos(np.pi * step / STEPS)) / 2
         unbiased = first_moment / (1 - 0.9 ** (step + 1)), second_moment / (1 - 0.999 ** (step + 1))
-        z = (z - lr * unbiased[0] / (unbiased[1].sqrt() + 1e-8)).detach()
+        z = (z - LR * unbiased[0] / (unbiased[1].sqrt() + 1e-8)).detach()
     residual, discrimination = losses(z)
     return z[0], residual, discrimination
 
@@ -125,9 +124,9 @@ def test_stratified_subset() -> None:
     np.testing.assert_array_equal(stratified_subset(label, 5000, 0), np.arange(1000))
 
 
-def test_a_step_moves_a_coordinate_by_lr_at_most(tiny_networks: Networks, images: torch.Tensor) -> None:
+def test_a_step_moves_a_coordinate_by_about_lr(tiny_networks: Networks, images: torch.Tensor) -> None:
     """Why 2e-4, the usual step size, goes nowhere in 400 steps."""
     start = starting_latents(images, 8, seed=0).double()
     z, *_ = search(tiny_networks, images, 7, steps=40, lr=2e-4)
-    assert (z - start).abs().max() <= 40 * 2e-4
-    assert fit_latent.Config().lr * fit_latent.Config().steps / 2 > 3  # ours can cross the prior
+    assert (z - start).abs().max() < 1.1 * 40 * 2e-4
+    assert fit_latent.Config().lr * fit_latent.Config().steps > 3  # ours can cross the prior
