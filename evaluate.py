@@ -113,7 +113,7 @@ def read_fits(run_dir: Path, gan: util.TrainedGAN) -> dict[str, dict]:
         if latents[split]["search"] != latents["validation"]["search"]:
             raise util.InputError(
                 f"validation and {split} were fitted with different settings ({latents['validation']['search']} and "
-                f"{latents[split]['search']}): run fit_latent.py --run-dir {run_dir} for both with the same"
+                f"{latents[split]['search']}): run fit_latent.py --run-dir {run_dir} for both, or remove the older"
             )
     return latents
 
@@ -219,7 +219,7 @@ def main(config: Config) -> None:
     """Score, measure, draw."""
     started = time.monotonic()
     util.check_at_least(config, 1, "bootstrap", "batch_size")
-    util.check_at_least(config, 0, "seed")
+    util.check_seed(config.seed)
     if not 0 < config.quantile < 1:
         raise util.InputError(f"--quantile must lie between 0 and 1, not {config.quantile}")
     device = util.pick_device(config.device)
@@ -228,7 +228,8 @@ def main(config: Config) -> None:
     print(f"run: {run_dir}   normal class: {gan.normal_class}   trained for {gan.epoch} epochs   device: {device}")
 
     # Score every split that was fitted
-    scored = {split: score_split(gan, split, fit, config) for split, fit in read_fits(run_dir, gan).items()}
+    fits = read_fits(run_dir, gan)
+    scored = {split: score_split(gan, split, fit, config) for split, fit in fits.items()}
     validation, test = scored["validation"], scored["test"]
     if test.is_anomaly.all() or not test.is_anomaly.any():
         raise util.InputError(
@@ -240,6 +241,8 @@ def main(config: Config) -> None:
     threshold = float(np.quantile(validation.scores["anomaly_score"], config.quantile))
     metrics = {
         "normal_class": gan.normal_class,
+        "gan": gan.fingerprint,
+        "search": fits["test"]["search"],
         "threshold": {
             "score": "anomaly_score",
             "quantile": config.quantile,
@@ -280,7 +283,7 @@ def main(config: Config) -> None:
     rows = np.concatenate(rows)
     # Red marks differences larger than those that pixels of validation normals show
     real, generated = real_and_generated(gan, validation, np.arange(min(len(validation.images), 1000)), config)
-    pixel_threshold = float(np.quantile((real - generated).mean(1).abs().numpy(), config.quantile))
+    pixel_threshold = float(np.quantile((real - generated).abs().mean(1).numpy(), config.quantile))
     plots.difference_maps(
         run_dir / "difference_maps.png",
         *real_and_generated(gan, test, rows, config),

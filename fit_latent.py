@@ -31,8 +31,8 @@ class Config:
     max_images: int | None = None  # take only so many images of a split, each class in its proportion
     steps: int = 100  # Adam steps for each image
     lr: float = 0.2  # Adam's step size, the same throughout; the README shows why these two
-    discrimination_weight: float = 0.1  # λ: the loss is (1 - λ) residual + λ discrimination
-    batch_size: int = 64  # images searched at once; it does not change what is found
+    discrimination_weight: float = 0.1  # lambda: the loss is (1 - lambda) residual + lambda discrimination
+    batch_size: int = 64  # images searched at once; up to rounding it does not change what is found
     seed: int = 0  # of the starting latents and of the choice of --max-images
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda, cuda:1, cpu, ...
     skip_unreadable: bool = False  # go on without the images that cannot be read
@@ -104,11 +104,14 @@ def main(config: Config) -> None:
     """Search, and write latents-<split>.npz of every split asked for."""
     started = time.monotonic()
     util.check_at_least(config, 1, "steps", "batch_size")
-    util.check_at_least(config, 0, "lr", "discrimination_weight", "seed")
+    util.check_at_least(config, 0, "lr", "discrimination_weight")
+    util.check_seed(config.seed)
     if config.max_images is not None:
         util.check_at_least(config, 1, "max_images")
     if config.discrimination_weight > 1:
         raise util.InputError(f"--discrimination-weight must be at most 1, not {config.discrimination_weight}")
+    if not config.splits:
+        raise util.InputError(f"--splits names no split: choose from {', '.join(util.SPLITS)}")
     if unknown := set(config.splits) - set(util.SPLITS):
         raise util.InputError(f"unknown split {min(unknown)!r}: choose --splits from {', '.join(util.SPLITS)}")
     device = util.pick_device(config.device)
@@ -155,6 +158,10 @@ def main(config: Config) -> None:
             bar.set_postfix_str(f"mean loss {loss_sum / bar.n:.1f}", refresh=bar.n == len(images))
         bar.close()
         z, residual, discrimination = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
+        if not (np.isfinite(z).all() and np.isfinite(residual).all() and np.isfinite(discrimination).all()):
+            raise util.InputError(
+                f"the search of {split} diverged or {run_dir / 'gan.pt'} did: lower --lr, or train again"
+            )
         util.write_latents(
             run_dir, split, gan, image_set, search, z=z, residual=residual, discrimination=discrimination
         )

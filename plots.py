@@ -51,6 +51,7 @@ def score_histograms(
     figure, panels = plt.subplots(1, len(scores), figsize=(4 * len(scores), 3.6), layout="constrained", squeeze=False)
     for axes, (name, score) in zip(panels.flat, scores.items(), strict=True):
         bins = np.linspace(*np.quantile(score, [0.0, 0.998]), 50)  # a handful of extreme scores would squeeze the rest
+        score = score.clip(bins[0], bins[-1])  # the last bin holds the rest
         for kind, rows, colour in (("normal", ~is_anomaly, "tab:green"), ("anomalous", is_anomaly, "tab:red")):
             axes.hist(score[rows], bins, density=True, alpha=0.5, color=colour, label=f"{kind} ({rows.sum()})")
         if name == "anomaly_score":
@@ -86,10 +87,12 @@ def difference_maps(
 ) -> None:
     """Real, generated, their signed difference, and in red where it passes the threshold: four panels an image.
 
-    real and generated are (N, C, H, W) in [0, 1]; the difference is the mean over colour channels, in [-1, 1]. The
+    real and generated are (N, C, H, W) in [0, 1]; the difference shown is the mean over colour channels, in
+    [-1, 1], and the threshold is for the mean of its absolute value, in which opposite colours do not cancel. The
     words of an image's caption stand above its panels, one each.
     """
     difference = (real - generated).mean(1).numpy()  # (N, H, W)
+    size = (real - generated).abs().mean(1).numpy()  # (N, H, W)
     lines = -(-len(real) // 2)  # two images to a line, or the picture grows too tall to look at
     figure, grid = plt.subplots(
         lines,
@@ -105,7 +108,7 @@ def difference_maps(
     for i in range(len(real)):
         panels = grid[i % lines, :4] if i < lines else grid[i % lines, 5:]
         overlay = to_rgb(real[i]).copy()
-        overlay[np.abs(difference[i]) > threshold] = (1, 0, 0)
+        overlay[size[i] > threshold] = (1, 0, 0)
         panels[0].imshow(to_rgb(real[i]))
         panels[1].imshow(to_rgb(generated[i]))
         signed = panels[2].imshow(difference[i], cmap="RdBu_r", vmin=-1, vmax=1)

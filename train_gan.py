@@ -9,6 +9,7 @@ Next: python fit_latent.py
 """
 
 import csv
+import io
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,7 +69,8 @@ def main(config: Config) -> None:
     """Train, and write the run folder."""
     started = time.monotonic()
     util.check_at_least(config, 1, "latent_dim", "ngf", "ndf", "epochs", "batch_size", "generator_steps", "save_every")
-    util.check_at_least(config, 0, "lr", "weight_decay", "seed")
+    util.check_at_least(config, 0, "lr", "weight_decay")
+    util.check_seed(config.seed)
     try:
         channel_multipliers(config.image_size)
     except ValueError as error:
@@ -94,6 +96,10 @@ def main(config: Config) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     batch_size = min(config.batch_size, len(images))
     steps_per_epoch = len(images) // batch_size  # the last, smaller batch is left out: BatchNorm would see too few
+    if (run_dir / "gan.pt").exists():
+        print(
+            f"this training will replace {run_dir / 'gan.pt'}: latents and scores of the old one no longer belong to it"
+        )
     print(f"run: {run_dir}   normal class: {normal_class} ({len(images)} images)   device: {device}")
 
     # Training
@@ -133,6 +139,8 @@ def main(config: Config) -> None:
                 show(bar, epoch, recent[-1].tolist())
 
         history += torch.stack(recent).tolist()
+        if not np.isfinite(history[-steps_per_epoch:]).all():
+            raise util.InputError(f"the training diverged in epoch {epoch + 1} (a loss is not finite): lower --lr")
         show(bar, epoch, history[-1])
         is_last = epoch + 1 == config.epochs
         if epoch % (config.epochs // 50 + 1) == 0 or is_last:  # 50 frames at most, or the GIF grows too large
@@ -153,8 +161,10 @@ def main(config: Config) -> None:
                 "rng": torch.get_rng_state(),
                 "rng_cuda": torch.cuda.get_rng_state_all() if device.type == "cuda" else [],
             }
+            content = io.BytesIO()  # torch.save to a path reports a full disk as something else than an OSError
+            torch.save(state, content)
             with util.replacing(run_dir / "gan.pt") as partial:
-                torch.save(state, partial)
+                partial.write_bytes(content.getbuffer())
             write_losses(run_dir, history, steps_per_epoch)
             write_samples(run_dir, images[:64], frames, f"{run_dir.name}, epoch {epoch + 1}")
     bar.close()

@@ -52,6 +52,12 @@ def check_at_least(config: Any, minimum: float, *names: str) -> None:
             raise InputError(f"--{name.replace('_', '-')} must be at least {minimum:g}, not {value}")
 
 
+def check_seed(seed: int) -> None:
+    """Raise InputError unless every generator takes this seed."""
+    if not 0 <= seed < 2**63:
+        raise InputError(f"--seed must lie between 0 and 2**63 - 1, not {seed}")
+
+
 def pick_device(name: str) -> torch.device:
     """The device of that name (cpu, cuda, cuda:1, ...). Raises InputError if it is not there."""
     try:
@@ -115,8 +121,8 @@ def _open_cifar10(part: str) -> ImageSet:
     return ImageSet(
         name="cifar10",
         classes=cifar10.classes,
-        index=np.arange(len(cifar10)),
-        label=np.array(cifar10.targets),
+        index=np.arange(len(cifar10), dtype=np.int64),
+        label=np.array(cifar10.targets, dtype=np.int64),
         source=np.array([f"cifar10/{part}/{i:05d}" for i in range(len(cifar10))]),
         open_image=lambda i: Image.fromarray(cifar10.data[i]),
     )
@@ -133,7 +139,7 @@ def _open_digits(part: str) -> ImageSet:
     return ImageSet(
         name="digits",
         classes=[str(name) for name in digits.target_names],
-        index=np.arange(len(members)),
+        index=np.arange(len(members), dtype=np.int64),
         label=digits.target[members].astype(np.int64),
         source=np.array([f"digits/{part}/{i:04d}" for i in range(len(members))]),
         open_image=lambda i: Image.fromarray(pixels[members[i]]),
@@ -169,7 +175,7 @@ def _open_folder(root: Path, part: str) -> ImageSet:
     return ImageSet(
         name=root.resolve().name,
         classes=classes,
-        index=np.arange(len(paths)),
+        index=np.arange(len(paths), dtype=np.int64),
         label=label,
         source=np.array([path.relative_to(root).as_posix() for path in paths], dtype=np.str_),
         open_image=lambda i: Image.open(paths[i]),
@@ -246,6 +252,7 @@ def load_images(
 
 def _to_8_bit(image: Image.Image, image_channels: int) -> Image.Image:
     """Any image Pillow opens as 8-bit grey or RGB: upright by its EXIF tag, transparent parts on white."""
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert("L") would clip at 255 instead of scaling
         levels = np.asarray(image).astype(np.int64)
         if levels.min() < 0 or levels.max() > 65535:
@@ -253,7 +260,6 @@ def _to_8_bit(image: Image.Image, image_channels: int) -> Image.Image:
         image = Image.fromarray((levels / 257).round().astype(np.uint8))
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range; convert it to 8 or 16 bits")
-    image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("L" if image_channels == 1 else "RGB")
@@ -400,6 +406,7 @@ def read_latents(run_dir: Path, split: str, gan: TrainedGAN) -> dict[str, Any]:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             latents = {name: file[name] for name in file.files}
         latents["search"] = json.loads(str(latents["search"]))
+        float(latents["search"]["discrimination_weight"])  # evaluate.py weighs with it
         shapes = {name: latents[name].shape for name in ("residual", "discrimination", "label", "index", "source")}
         count = len(latents["z"])
         whole = latents["z"].shape == (count, gan.latent_dim) and set(shapes.values()) == {(count,)} and count > 0
@@ -408,7 +415,7 @@ def read_latents(run_dir: Path, split: str, gan: TrainedGAN) -> dict[str, Any]:
     except Exception as error:  # zipfile and numpy raise almost anything on damaged bytes
         raise InputError(f"{path} is damaged or was not written by fit_latent.py ({error}): {again} again") from error
     if fingerprint != gan.fingerprint:
-        raise InputError(f"{path} belongs to another gan.pt than {run_dir / 'gan.pt'}: {again} again")
+        raise InputError(f"{path} belongs to another gan.pt than {run_dir / 'gan.pt'}: {again} again, or remove it")
     if not whole:
         raise InputError(
             f"{path} holds arrays of the wrong shape, no image, or numbers that are not finite: {again} again"

@@ -78,6 +78,7 @@ def main(config: Config) -> None:
             print(f"{schedule:<10} {lr:>6} " + "".join(f"{loss:>12.1f}" for loss in losses.values()))
     results = Path(__file__).parent / "results"
     results.mkdir(exist_ok=True)
+    Path("docs").mkdir(exist_ok=True)
     util.write_json(
         results / "convergence.json",
         {
@@ -106,7 +107,7 @@ def main(config: Config) -> None:
     figure.suptitle(
         f"{gan.dataset}, {gan.normal_class}, {gan.image_size}x{gan.image_size}, {len(images)} validation images"
     )
-    with util.replacing(Path(__file__).parent.parent / "docs" / "convergence.png") as partial:
+    with util.replacing(Path("docs") / "convergence.png") as partial:
         figure.savefig(partial, dpi=100)
 
 

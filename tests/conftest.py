@@ -1,5 +1,6 @@
 """What the tests share: running a script as a person does, in a process or in this one, and a tiny trained run."""
 
+import os
 import runpy
 import subprocess
 import sys
@@ -20,7 +21,9 @@ torch.set_num_threads(2)
 def run_process(cwd: Path, script: str, *arguments: str) -> subprocess.CompletedProcess:
     """Run a script from a shell's point of view: its own process, with `cwd` as the working directory."""
     command = [sys.executable, str(ROOT / script), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    # the same on every machine: no GPU, two threads
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture

@@ -122,7 +122,8 @@ def test_scripts_out_of_order(digits_workdir: Path, trained: Path, tmp_path: Pat
         (["--max-images", "0"], "--max-images must be at least 1"),
         (["--discrimination-weight", "1.5"], "at most 1"),
         (["--lr", "-1"], "--lr must be at least 0"),
-        (["--seed", "-1"], "--seed must be at least 0"),
+        (["--seed", "-1"], "--seed must lie between"),
+        (["--splits"], "names no split"),
     ],
 )
 def test_wrong_flags_of_the_search(trained: Path, fails: Fails, flags: list[str], words: str) -> None:

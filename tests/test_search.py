@@ -94,6 +94,10 @@ def test_search_from_the_answer_stays_there(tiny_networks: Networks) -> None:
     keep = torch.tensor([0, 1, 3, 4])  # flip leaves the third where it is
     assert (residual < 0.01 * far_residual[keep].min()).all()
     assert (discrimination < 1).all()
+    near = answer + 0.3 * torch.randn(5, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    start = util.residual_loss(x, generator(near))
+    z, found, _ = search_latents(generator, discriminator, x, near, 300, 0.01, WEIGHT)
+    assert (found < 0.2 * start).all() and (z - answer).norm() < (near - answer).norm()
 
 
 def test_search_changes_nothing_in_the_networks(tiny_networks: Networks, images: torch.Tensor) -> None:
