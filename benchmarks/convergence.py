@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import matplotlib
+import numpy as np
 import torch
 import tyro
 from torch.optim import Adam
@@ -32,7 +33,7 @@ class Config:
     images: int = 128  # validation images to search, the first ones
     steps: tuple[int, ...] = (25, 50, 100, 200, 400)  # every number of steps is a search of its own
     lr: tuple[float, ...] = (2e-4, 0.01, 0.05, 0.1, 0.2, 0.4)  # Adam's step sizes
-    discrimination_weight: float = 0.1  # λ
+    discrimination_weight: float = 0.1  # lambda
     seed: int = 0  # of the starting latents
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda, cuda:1, cpu, ...
 
@@ -51,8 +52,8 @@ def main(config: Config) -> None:
     run_dir = util.find_run(config.run_dir)
     gan = util.load_gan(run_dir, device)
     validation = util.open_split(gan.dataset, "validation", gan.normal_class)
-    images, _ = util.load_images(validation, gan.image_size, gan.image_channels)
-    images = images[: config.images]
+    few = validation.take(np.arange(min(config.images, len(validation))))
+    images, _ = util.load_images(few, gan.image_size, gan.image_channels)
     x = util.to_model(images, device).contiguous(memory_format=torch.channels_last)
     start = fit_latent.starting_latents(images, gan.latent_dim, config.seed).to(device)
 

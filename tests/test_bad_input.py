@@ -95,6 +95,11 @@ def test_unreadable_training_image(tmp_path: Path, fails: Fails, run_here: Calla
     assert (tmp_path / "outputs/set-good/gan.pt").is_file()
 
 
+def test_training_that_diverges(tmp_path: Path, fails: Fails) -> None:
+    assert "diverged in epoch" in fails(*TRAIN, "--dataset", "digits", "--lr", "1e38", "--epochs", "3")
+    assert not list((tmp_path / "outputs").rglob("gan.pt"))
+
+
 def test_no_training_image_can_be_read(tmp_path: Path, fails: Fails) -> None:
     folder(tmp_path / "set", {"train/good": 5, "test/good": 1})
     for path in (tmp_path / "set/train/good").iterdir():
