@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import torch
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def channel_multipliers(image_size: int) -> list[int]:
@@ -31,9 +32,17 @@ class Generator(nn.Module):
         super().__init__()
         widths = [ngf * multiplier for multiplier in reversed(channel_multipliers(image_size))]
         # (N, latent_dim, 1, 1) -> (N, 8 ngf, 4, 4) at image_size 64
-        layers = [nn.ConvTranspose2d(latent_dim, widths[0], 4, 1, 0, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()]
+        layers = [
+            nn.ConvTranspose2d(latent_dim, widths[0], 4, 1, 0, bias=False),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(inplace=True),
+        ]
         for wide, narrow in pairwise(widths):  # each rung doubles the side
-            layers += [nn.ConvTranspose2d(wide, narrow, 4, 2, 1, bias=False), nn.BatchNorm2d(narrow), nn.ReLU()]
+            layers += [
+                nn.ConvTranspose2d(wide, narrow, 4, 2, 1, bias=False),
+                nn.BatchNorm2d(narrow),
+                nn.ReLU(inplace=True),
+            ]
         layers += [nn.ConvTranspose2d(widths[-1], image_channels, 4, 2, 1, bias=False), nn.Tanh()]
         self.layers = nn.Sequential(*layers)
 
@@ -52,9 +61,13 @@ class Discriminator(nn.Module):
         super().__init__()
         widths = [ndf * multiplier for multiplier in channel_multipliers(image_size)]
         # Like G's last layer, whose mirror it is, D's first has no BatchNorm: it would hide the image's own contrast.
-        layers = [nn.Conv2d(image_channels, widths[0], 4, 2, 1, bias=False), nn.LeakyReLU(0.2)]
+        layers = [nn.Conv2d(image_channels, widths[0], 4, 2, 1, bias=False), nn.LeakyReLU(0.2, inplace=True)]
         for narrow, wide in pairwise(widths):  # each rung halves the side
-            layers += [nn.Conv2d(narrow, wide, 4, 2, 1, bias=False), nn.BatchNorm2d(wide), nn.LeakyReLU(0.2)]
+            layers += [
+                nn.Conv2d(narrow, wide, 4, 2, 1, bias=False),
+                nn.BatchNorm2d(wide),
+                nn.LeakyReLU(0.2, inplace=True),
+            ]
         self.body = nn.Sequential(*layers)
         self.head = nn.Conv2d(widths[-1], 1, 4, 1, 0, bias=False)
 
@@ -74,3 +87,16 @@ def initialise_weights(module: nn.Module) -> None:
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0, 0.02)
         nn.init.zeros_(module.bias)
+
+
+def fold_batchnorm(layers: nn.Sequential) -> nn.Sequential:
+    """The same function in eval mode with fewer layers: each BatchNorm, a fixed scale and shift there, goes into the
+    weights and the bias of the convolution before it."""
+    folded = []
+    for layer in layers:
+        if isinstance(layer, nn.BatchNorm2d):
+            convolution = folded.pop()
+            folded.append(fuse_conv_bn_eval(convolution, layer, isinstance(convolution, nn.ConvTranspose2d)))
+        else:
+            folded.append(layer)
+    return nn.Sequential(*folded)

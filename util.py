@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,9 +23,10 @@ from torchvision.transforms import CenterCrop, Compose, Resize
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from network import Discriminator, Generator
+from network import Discriminator, Generator, fold_batchnorm
 
 SPLITS = ("train", "validation", "test", "train_anomalies")
+Precision = Literal["auto", "bf16", "fp32"]
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
@@ -69,6 +70,19 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def pick_precision(name: Precision, device: torch.device) -> str:
+    """What convolutions run in, "bf16" or "fp32": weights, losses and optimizers stay fp32 in both.
+
+    `auto` is bf16 where the hardware multiplies it faster: NVIDIA from Ampere on, x86 with AVX512-BF16 or AMX.
+    """
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    is_faster = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if device.type == "cpu" and is_faster else "fp32"
+
+
 def progress_bar(total: int, unit: str, **options: Any) -> tqdm:
     """A bar on stderr: redrawn ten times a second on a terminal, every half minute in a log file."""
     return tqdm(total=total, unit=unit, mininterval=0.1 if sys.stderr.isatty() else 30, **options)
@@ -91,8 +105,8 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.index)
 
-    def take(self, positions: np.ndarray) -> "ImageSet":
-        """The images at these positions (integers or a mask) of this set, in that order."""
+    def take(self, positions: np.ndarray | slice) -> "ImageSet":
+        """The images at these positions (integers, a mask or a slice) of this set, in that order."""
         return dataclasses.replace(
             self, index=self.index[positions], label=self.label[positions], source=self.source[positions]
         )
@@ -233,7 +247,8 @@ def load_images(
     pixels = torch.empty(len(image_set), image_channels, image_size, image_size, dtype=torch.uint8)
     readable = []
     rows = enumerate(zip(image_set.index, image_set.source, strict=True))
-    for row, (index, source) in tqdm(rows, "reading", len(image_set), leave=False, unit=" images", disable=None):
+    bar = {"leave": False, "delay": 1, "disable": None}  # only on a terminal, and if it takes longer than a second
+    for row, (index, source) in tqdm(rows, "reading", len(image_set), unit=" images", **bar):
         try:
             image = _to_8_bit(image_set.open_image(index), image_channels)
         except Exception as error:  # a damaged file can make a decoder raise anything
@@ -245,8 +260,6 @@ def load_images(
             continue
         pixels[len(readable)] = pil_to_tensor(to_square(image))
         readable.append(row)
-    if skipped := len(image_set) - len(readable):
-        print(f"skipped {skipped} of {len(image_set)} images, which cannot be read")
     return pixels[: len(readable)], image_set.take(np.array(readable, dtype=np.int64))
 
 
@@ -280,12 +293,12 @@ def to_display(images: torch.Tensor) -> torch.Tensor:
 
 def residual_loss(x: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
     """R(z) = Σ|x - G(z)| over an image's pixels, equation 2: (N, C, H, W) twice to (N,)."""
-    return (x - generated).abs().flatten(1).sum(1)
+    return (x - generated).abs().sum((1, 2, 3))
 
 
 def discrimination_loss(features: torch.Tensor, generated_features: torch.Tensor) -> torch.Tensor:
-    """D(z) = Σ|f(x) - f(G(z))| over an image's features, equation 4 (feature matching): (N, ...) twice to (N,)."""
-    return (features - generated_features).abs().flatten(1).sum(1)
+    """D(z) = Σ|f(x) - f(G(z))| over an image's features, equation 4 (feature matching): (N, F, 4, 4) twice to (N,)."""
+    return (features - generated_features).abs().sum((1, 2, 3))
 
 
 def anomaly_score(residual: Any, discrimination: Any, discrimination_weight: float) -> Any:
@@ -328,7 +341,7 @@ def find_run(run_dir: Path | None) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class TrainedGAN:
-    """What gan.pt holds for the search and the scores; both networks are frozen and in eval mode."""
+    """What gan.pt holds for the search and the scores; both networks are frozen, their BatchNorm folded away."""
 
     generator: Generator
     discriminator: Discriminator
@@ -374,7 +387,10 @@ def load_gan(run_dir: Path, device: torch.device) -> TrainedGAN:
             "train again, or name another run with --run-dir"
         ) from error
     for network in (generator, discriminator):
-        network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        network.eval().requires_grad_(False)
+    generator.layers, discriminator.body = fold_batchnorm(generator.layers), fold_batchnorm(discriminator.body)
+    for network in (generator, discriminator):
+        network.to(device, memory_format=torch.channels_last)
     return gan
 
 

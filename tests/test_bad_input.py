@@ -84,7 +84,9 @@ def test_empty_class_folder(tmp_path: Path, fails: Fails) -> None:
     assert str(Path("set/train/bad")) in message and "holds no images" in message
 
 
-def test_unreadable_training_image(tmp_path: Path, fails: Fails, run_here: Callable[..., None]) -> None:
+def test_unreadable_training_image(
+    tmp_path: Path, fails: Fails, run_here: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
     folder(tmp_path / "set", {"train/good": 10, "test/good": 1})
     (tmp_path / "set/train/good/02.png").write_bytes(b"not a picture")
     arguments = [*TRAIN, "--dataset", "set", "--normal-class", "good"]
@@ -93,6 +95,8 @@ def test_unreadable_training_image(tmp_path: Path, fails: Fails, run_here: Calla
     assert not (tmp_path / "outputs").exists()
     run_here(*arguments, "--skip-unreadable")
     assert (tmp_path / "outputs/set-good/gan.pt").is_file()
+    printed = capsys.readouterr()
+    assert "skipped 1 of 8 images" in printed.out and "train/good/02.png" in printed.err
 
 
 def test_training_that_diverges(tmp_path: Path, fails: Fails) -> None:
@@ -124,6 +128,7 @@ def test_scripts_out_of_order(digits_workdir: Path, trained: Path, tmp_path: Pat
     [
         (["--splits", "test", "training"], "unknown split 'training'"),
         (["--steps", "0"], "--steps must be at least 1"),
+        (["--candidates", "0"], "--candidates must be at least 1"),
         (["--max-images", "0"], "--max-images must be at least 1"),
         (["--discrimination-weight", "1.5"], "at most 1"),
         (["--lr", "-1"], "--lr must be at least 0"),
@@ -225,6 +230,17 @@ def test_images_changed_since_the_search(tmp_path: Path, fails: Fails, run_here:
     assert "run fit_latent.py --splits test again" in fails("evaluate.py")
     folder(root, {"test/new": 1})
     assert "has other classes than" in fails("fit_latent.py", "--steps", "1", "--device", "cpu")
+
+
+def test_no_image_to_search_can_be_read(tmp_path: Path, fails: Fails, run_here: Callable[..., None]) -> None:
+    root = folder(tmp_path / "set", {"train/good": 10, "test/good": 2})
+    run_here(*TRAIN, "--dataset", "set", "--normal-class", "good")
+    for path in (root / "test/good").iterdir():
+        path.write_bytes(b"")
+    arguments = ["fit_latent.py", "--splits", "test", "--steps", "1", "--device", "cpu"]
+    assert "cannot read the image test/good/00.png" in fails(*arguments)
+    assert "none of the 2 images of the split test" in fails(*arguments, "--skip-unreadable")
+    assert not (tmp_path / "outputs/set-good/latents-test.npz").exists()
 
 
 def test_test_split_of_one_kind(tmp_path: Path, fails: Fails, run_here: Callable[..., None]) -> None:

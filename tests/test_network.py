@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from network import Discriminator, Generator, initialise_weights
+from network import Discriminator, Generator, fold_batchnorm, initialise_weights
 
 
 @pytest.mark.parametrize("image_size", [32, 64, 128])
@@ -61,6 +61,18 @@ def test_first_weights() -> None:
                 assert module.weight.std().item() == pytest.approx(0.02, rel=0.4)
                 assert module.weight.mean().item() == pytest.approx(1, abs=0.01)
                 assert (module.bias == 0).all()
+
+
+def test_folded_networks_compute_the_same(tiny_networks: tuple[Generator, Discriminator]) -> None:
+    generator, discriminator = tiny_networks
+    z = torch.randn(3, 8, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    images = generator.layers(z)
+    for layers, inputs in ((generator.layers, z), (discriminator.body, images)):
+        expected, depth = layers(inputs), len(layers)
+        folded = fold_batchnorm(layers)
+        assert not any(isinstance(layer, nn.BatchNorm2d) for layer in folded) and len(layers) == depth
+        torch.testing.assert_close(folded(inputs), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(layers(inputs), expected, rtol=0, atol=0)  # the original is left as it was
 
 
 @pytest.mark.parametrize("image_size", [0, 16, 31, 48, 65, -64])

@@ -162,7 +162,9 @@ def run_all(workdir: Path, *training: str, searching: tuple[str, ...] = ()) -> l
 def test_folder_of_mixed_pictures(tmp_path: Path) -> None:
     draw_pictures(tmp_path / "shapes")
     (tmp_path / "shapes/test/cross/broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
-    printed = run_all(tmp_path, "--dataset", "shapes", "--normal-class", "disc", searching=("--skip-unreadable",))
+    printed = run_all(
+        tmp_path, "--dataset", "shapes", "--normal-class", "disc", searching=("--skip-unreadable", "--batch-size", "1")
+    )
     assert "next: python fit_latent.py" in printed[0] and "skipped 1 of 13 images" in printed[1]
     run_dir = tmp_path / "outputs/shapes-disc"
     assert {path.name for path in run_dir.iterdir()} == RUN_FILES

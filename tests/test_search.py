@@ -8,8 +8,8 @@ import torch
 
 import fit_latent
 import util
-from fit_latent import search_latents, starting_latents, stratified_subset
-from network import Discriminator, Generator
+from fit_latent import draw_candidates, nearest_candidates, search_latents, stratified_subset
+from network import Discriminator, Generator, fold_batchnorm
 
 STEPS, LR, WEIGHT = 12, 0.1, 0.1
 Networks = tuple[Generator, Discriminator]
@@ -20,22 +20,28 @@ def images() -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (7, 3, 32, 32), dtype=np.uint8))
 
 
-def search(networks: Networks, images: torch.Tensor, batch_size: int, **changes: float) -> list[torch.Tensor]:
+@pytest.fixture
+def start() -> torch.Tensor:
+    return torch.randn(7, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def search(
+    networks: Networks, images: torch.Tensor, start: torch.Tensor, batch_size: int = 7, **changes: float
+) -> list[torch.Tensor]:
     settings = {"steps": STEPS, "lr": LR, "discrimination_weight": WEIGHT} | changes
     parts = [
-        search_latents(
-            *networks, util.to_model(batch).double(), starting_latents(batch, 8, seed=0).double(), **settings
-        )
-        for batch in images.split(batch_size)
+        search_latents(*networks, util.to_model(batch).double(), z, **settings)
+        for batch, z in zip(images.split(batch_size), start.split(batch_size), strict=True)
     ]
     return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
-def plain_search(networks: Networks, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def plain_search(
+    networks: Networks, image: torch.Tensor, z: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """AnoGAN's search for one image, as the paper tells it: no batch, no optimiser class, f(x) anew at every step."""
     generator, discriminator = networks
-    x = (image.double() / 127.5 - 1)[None]
-    z = starting_latents(image[None], 8, seed=0).double()
+    x, z = (image.double() / 127.5 - 1)[None], z[None]
     first_moment, second_moment = torch.zeros_like(z), torch.zeros_like(z)
 
     def losses(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,35 +55,60 @@ def plain_search(networks: Networks, image: torch.Tensor) -> tuple[torch.Tensor,
         first_moment = 0.9 * first_moment + 0.1 * gradient
         second_moment = 0.999 * second_moment + 0.001 * gradient**2
         unbiased = first_moment / (1 - 0.9 ** (step + 1)), second_moment / (1 - 0.999 ** (step + 1))
-        z = (z - LR * unbiased[0] / (unbiased[1].sqrt() + 1e-8)).detach()
+        lr = LR * np.interp(step, [-1, 0.2 * STEPS - 1, 0.8 * STEPS, STEPS], [0, 1, 1, 0])
+        z = (z - lr * unbiased[0] / (unbiased[1].sqrt() + 1e-8)).detach()
     residual, discrimination = losses(z)
     return z[0], residual, discrimination
 
 
-def test_batched_search_is_the_plain_search(tiny_networks: Networks, images: torch.Tensor) -> None:
-    batched = search(tiny_networks, images, batch_size=len(images))
-    one_by_one = [torch.stack(part) for part in zip(*(plain_search(tiny_networks, i) for i in images), strict=True)]
-    for found, expected in zip(batched, one_by_one, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
+def test_batched_search_is_the_plain_search(tiny_networks: Networks, images: torch.Tensor, start: torch.Tensor) -> None:
+    """Our search on folded networks against the plain one on networks with BatchNorm in place."""
+    plain = copy.deepcopy(tiny_networks)
+    generator, discriminator = tiny_networks
+    generator.layers, discriminator.body = fold_batchnorm(generator.layers), fold_batchnorm(discriminator.body)
+    assert not any(
+        isinstance(layer, torch.nn.BatchNorm2d) for layer in [*generator.modules(), *discriminator.modules()]
+    )
+    batched = search(tiny_networks, images, start)
+    one_by_one = [plain_search(plain, image, z) for image, z in zip(images, start, strict=True)]
+    for found, expected in zip(batched, zip(*one_by_one, strict=True), strict=True):
+        torch.testing.assert_close(found, torch.stack(expected), rtol=1e-7, atol=1e-7)
+
+
+def test_steps_in_bf16_end_where_fp32_ends(tiny_networks: Networks, images: torch.Tensor, start: torch.Tensor) -> None:
+    generator, discriminator = (network.float() for network in tiny_networks)
+    x, z = util.to_model(images), start.float()
+    fp32 = search_latents(generator, discriminator, x, z, 60, LR, WEIGHT)
+    bf16 = search_latents(generator, discriminator, x, z, 60, LR, WEIGHT, "bf16")
+    assert not torch.equal(fp32[0], bf16[0])  # it did run in bf16
+    assert all(part.dtype == torch.float32 for part in bf16)
+    scores = [util.anomaly_score(*found, WEIGHT) for _, *found in (fp32, bf16)]
+    torch.testing.assert_close(scores[1], scores[0], rtol=0.01, atol=0)
+    # what is returned is measured in fp32, not as the steps saw it
+    torch.testing.assert_close(bf16[1], util.residual_loss(x, generator(bf16[0])))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_batch_size_and_order_change_nothing(tiny_networks: Networks, images: torch.Tensor, batch_size: int) -> None:
-    together = search(tiny_networks, images, batch_size=len(images))
+def test_batch_size_and_order_change_nothing(
+    tiny_networks: Networks, images: torch.Tensor, start: torch.Tensor, batch_size: int
+) -> None:
+    together = search(tiny_networks, images, start)
     order = torch.tensor([3, 0, 6, 2, 5, 1, 4])
-    apart = search(tiny_networks, images[order], batch_size)
+    apart = search(tiny_networks, images[order], start[order], batch_size)
     for found, expected in zip(apart, together, strict=True):
         torch.testing.assert_close(found, expected[order], rtol=1e-7, atol=1e-7)
 
 
-def test_search_lowers_the_loss(tiny_networks: Networks, images: torch.Tensor) -> None:
-    _, *before = search(tiny_networks, images, 7, steps=1, lr=0.0)
-    _, *after = search(tiny_networks, images, 7, steps=100)
+def test_search_lowers_the_loss(tiny_networks: Networks, images: torch.Tensor, start: torch.Tensor) -> None:
+    _, *before = search(tiny_networks, images, start, steps=1, lr=0.0)
+    _, *after = search(tiny_networks, images, start, steps=100)
     assert (util.anomaly_score(*after, WEIGHT) < util.anomaly_score(*before, WEIGHT)).all()
 
 
-def test_losses_belong_to_the_latents_returned(tiny_networks: Networks, images: torch.Tensor) -> None:
-    z, residual, discrimination = search(tiny_networks, images, 7)
+def test_losses_belong_to_the_latents_returned(
+    tiny_networks: Networks, images: torch.Tensor, start: torch.Tensor
+) -> None:
+    z, residual, discrimination = search(tiny_networks, images, start)
     generator, discriminator = tiny_networks
     x, generated = util.to_model(images).double(), generator(z)
     torch.testing.assert_close(residual, (x - generated).abs().sum((1, 2, 3)))
@@ -100,21 +131,38 @@ def test_search_from_the_answer_stays_there(tiny_networks: Networks) -> None:
     assert (found < 0.2 * start).all() and (z - answer).norm() < (near - answer).norm()
 
 
-def test_search_changes_nothing_in_the_networks(tiny_networks: Networks, images: torch.Tensor) -> None:
+def test_search_changes_nothing_in_the_networks(
+    tiny_networks: Networks, images: torch.Tensor, start: torch.Tensor
+) -> None:
     before = [copy.deepcopy(network.state_dict()) for network in tiny_networks]
-    search(tiny_networks, images, 3)
+    search(tiny_networks, images, start)
     for network, state in zip(tiny_networks, before, strict=True):
         assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
         assert all(parameter.grad is None for parameter in network.parameters())
 
 
-def test_start_depends_on_seed_and_image_alone(images: torch.Tensor) -> None:
-    start = starting_latents(images, 8, seed=0)
-    assert torch.equal(start[[4, 1]], starting_latents(images[[4, 1]], 8, seed=0))
-    assert not torch.equal(start, starting_latents(images, 8, seed=1))
-    assert len(np.unique(start.numpy())) == start.numel()  # no two images share a start
-    many = starting_latents(torch.arange(4000 * 4, dtype=torch.int32).view(torch.uint8).view(4000, 1, 4, 4), 8, 0)
-    assert abs(many.mean()) < 0.03 and many.std() == pytest.approx(1, abs=0.03)  # N(0, I)
+def test_search_starts_at_the_nearest_candidate(tiny_networks: Networks, images: torch.Tensor) -> None:
+    generator = tiny_networks[0].float()
+    candidates = draw_candidates(generator, 8, 50, batch_size=16, seed=0)
+    x = util.to_model(images)
+    start = nearest_candidates(x, candidates)
+    for image, z in zip(x, start, strict=True):  # against a loop over all candidates
+        blocks = [drawn.reshape(3, 16, 2, 16, 2).mean((2, 4)) for drawn in (image, *generator(candidates.z))]
+        distances = torch.stack([(blocks[0] - block).abs().sum() for block in blocks[1:]])
+        assert torch.equal(z, candidates.z[distances.argmin()])
+    drawn = generator(candidates.z[[17, 4]])  # an image that G drew starts at its own z
+    assert torch.equal(nearest_candidates(drawn, candidates), candidates.z[[17, 4]])
+
+
+def test_start_depends_on_seed_model_and_image_alone(tiny_networks: Networks, images: torch.Tensor) -> None:
+    generator, x = tiny_networks[0].float(), util.to_model(images)
+    candidates = draw_candidates(generator, 8, 500, batch_size=64, seed=0)
+    start = nearest_candidates(x, candidates)
+    assert torch.equal(start[[4, 1]], nearest_candidates(x[[4, 1]], candidates))
+    again = draw_candidates(generator, 8, 500, batch_size=7, seed=0)
+    assert torch.equal(candidates.z, again.z) and torch.equal(start, nearest_candidates(x, again))
+    assert not torch.equal(candidates.z, draw_candidates(generator, 8, 500, batch_size=64, seed=1).z)
+    assert abs(candidates.z.mean()) < 0.05 and candidates.z.std() == pytest.approx(1, abs=0.05)  # N(0, I)
 
 
 def test_stratified_subset() -> None:
@@ -128,9 +176,10 @@ def test_stratified_subset() -> None:
     np.testing.assert_array_equal(stratified_subset(label, 5000, 0), np.arange(1000))
 
 
-def test_a_step_moves_a_coordinate_by_about_lr(tiny_networks: Networks, images: torch.Tensor) -> None:
+def test_a_step_moves_a_coordinate_by_about_lr(
+    tiny_networks: Networks, images: torch.Tensor, start: torch.Tensor
+) -> None:
     """Why 2e-4, the usual step size, goes nowhere in 400 steps."""
-    start = starting_latents(images, 8, seed=0).double()
-    z, *_ = search(tiny_networks, images, 7, steps=40, lr=2e-4)
+    z, *_ = search(tiny_networks, images, start, steps=40, lr=2e-4)
     assert (z - start).abs().max() < 1.1 * 40 * 2e-4
     assert fit_latent.Config().lr * fit_latent.Config().steps > 3  # ours can cross the prior

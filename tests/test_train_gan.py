@@ -1,14 +1,21 @@
-"""The GAN losses by hand and the learning rate over the epochs."""
+"""The GAN losses by hand, a training step against a plain one, and the learning rate over the epochs."""
 
+import copy
+import csv
 import math
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
 from test_util import folder
+from torch.nn.functional import logsigmoid
 
 import train_gan
 import util
+from network import Discriminator, Generator, initialise_weights
 
 
 def test_losses_by_hand() -> None:
@@ -22,6 +29,91 @@ def test_losses_do_not_overflow() -> None:
     logits = torch.tensor([1000.0])
     assert train_gan.discriminator_loss(-logits, logits).item() == pytest.approx(2000)
     assert train_gan.generator_loss(-logits).item() == pytest.approx(1000)
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def plain_steps(
+    generator: Generator, discriminator: Discriminator, batches: list[torch.Tensor], config: train_gan.Config
+) -> list[list[float]]:
+    """DCGAN's training with nothing left out: NCHW, and gradients for D's weights in G's steps too."""
+    adam = {"lr": config.lr, "betas": (0.5, 0.999), "weight_decay": config.weight_decay}
+    optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
+    losses = []
+    for real in batches:
+        fake = generator(torch.randn(len(real), config.latent_dim))
+        loss_d = -logsigmoid(discriminator(real)).mean() - logsigmoid(-discriminator(fake.detach())).mean()
+        optimizer_d.zero_grad()
+        loss_d.backward()
+        optimizer_d.step()
+        for step in range(config.generator_steps):
+            if step > 0:
+                fake = generator(torch.randn(len(real), config.latent_dim))
+            loss_g = -logsigmoid(discriminator(fake)).mean()
+            optimizer_g.zero_grad()
+            loss_g.backward()
+            optimizer_g.step()
+        losses.append([loss_d.item(), loss_g.item()])
+    return losses
+
+
+def test_training_step_is_the_plain_step(float64: None) -> None:
+    config = train_gan.Config(latent_dim=8, batch_size=8, lr=1e-3, compile=False)
+    torch.manual_seed(0)
+    ours = Generator(32, 3, 8, 4).apply(initialise_weights), Discriminator(32, 3, 4).apply(initialise_weights)
+    plain = copy.deepcopy(ours)
+    batches = [torch.rand(8, 3, 32, 32) * 2 - 1 for _ in range(4)]
+
+    torch.manual_seed(1)
+    expected = plain_steps(*plain, batches, config)
+    torch.manual_seed(1)
+    optimizers = [train_gan.prepare(network, config, torch.device("cpu"))[0] for network in ours]
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=False)
+    found = [train_gan.train_step(*ours, *optimizers, real, config, autocast)[:2].tolist() for real in batches]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-9, atol=0)
+    for network, other in zip(ours, plain, strict=True):
+        for weight, expected_weight in zip(network.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(weight, expected_weight, rtol=0, atol=1e-7)  # steps of up to 1e-3
+        assert all(weight.requires_grad for weight in network.parameters())
+
+
+def read_losses(run_dir: Path) -> torch.Tensor:
+    """losses.csv: (steps, 4)."""
+    with (run_dir / "losses.csv").open(newline="") as file:
+        return torch.tensor([[float(value) for value in row[2:]] for row in list(csv.reader(file))[1:]])
+
+
+@pytest.mark.parametrize(
+    ("flag", "tolerance"),
+    [
+        (("--precision", "bf16"), 0.05),
+        pytest.param(
+            ("--compile",), 1e-3, marks=pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+        ),
+    ],
+)
+def test_bf16_and_compile_train_the_same(run_here: Callable[..., None], flag: tuple, tolerance: float) -> None:
+    arguments = ["train_gan.py", "--dataset", "digits", "--epochs", "3", *TINY]
+    run_here(*arguments, "--run-dir", "plain", "--precision", "fp32", "--no-compile")
+    run_here(*arguments, "--run-dir", "other", *(() if "--precision" in flag else ("--precision", "fp32")), *flag)
+    plain, other = read_losses(Path("plain")), read_losses(Path("other"))
+    assert len(plain) == 18 and not torch.equal(plain, other)
+    torch.testing.assert_close(other, plain, rtol=tolerance, atol=0)
+
+
+def test_a_batch_is_left_out_rather_than_cut(float64: None) -> None:
+    images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 1, 2, 2)
+    torch.manual_seed(0)
+    epochs = [list(train_gan.shuffled_batches(images, 4)) for _ in range(2)]
+    seen = [torch.cat(batches)[:, 0, 0, 0].add(1).mul(127.5).round().int().tolist() for batches in epochs]
+    assert [len(batch) for batch in epochs[0]] == [4, 4]
+    assert all(len(set(numbers)) == 8 and set(numbers) <= set(range(10)) for numbers in seen) and seen[0] != seen[1]
 
 
 def test_learning_rate_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,9 +150,7 @@ def test_learning_rate_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert seen[epoch] == pytest.approx(lr)
 
 
-def test_same_seed_same_weights(digits_workdir: Path, run_here: object) -> None:
-    from conftest import TINY
-
+def test_same_seed_same_weights(digits_workdir: Path, run_here: Callable[..., None]) -> None:
     run_here("train_gan.py", "--dataset", "digits", "--normal-class", "0", "--epochs", "3", "--save-every", "1", *TINY)
     again = util.load_gan(Path("outputs/digits-0"), torch.device("cpu"))
     first = util.load_gan(digits_workdir / "outputs/digits-0", torch.device("cpu"))

@@ -141,8 +141,7 @@ def test_unreadable_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     images, kept = util.load_images(image_set, 32, 3, skip_unreadable=True)
     assert images[:, 0, 0, 0].tolist() == [0, 1, 2, 4, 5]
     assert kept.index.tolist() == [0, 1, 2, 4, 5] and "train/good/03.png" not in kept.source
-    printed = capsys.readouterr()
-    assert "skipped 1 of 6 images" in printed.out and "train/good/03.png" in printed.err
+    assert "train/good/03.png" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("mode", "value"), [("F", 0.5), ("I", 70000), ("I", -1)])
