@@ -11,6 +11,7 @@ Next: python fit_latent.py
 import csv
 import io
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -49,6 +50,8 @@ class Config:
     save_every: int = 10  # epochs between two writes of gan.pt, losses and samples
     seed: int = 0  # of the first weights, the order of the images and the latents
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda, cuda:1, cpu, ...
+    precision: util.Precision = "auto"  # of the convolutions; auto: bf16 where the hardware multiplies it faster
+    compile: bool = torch.cuda.is_available()  # torch.compile G and D: a later start, faster on a GPU, slower on a CPU
     run_dir: Path | None = None  # where to write; by default outputs/<data set>-<normal class>
     skip_unreadable: bool = False  # go on without the images that cannot be read
 
@@ -65,6 +68,68 @@ def generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
     return binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
 
+def prepare(
+    network: Generator | Discriminator, config: Config, device: torch.device
+) -> tuple[Adam, CosineAnnealingWarmRestarts]:
+    """Move a network to the device, and give it its optimizer and the cosine of its step size."""
+    network.to(device, memory_format=torch.channels_last)  # 1.3x to 1.9x faster than NCHW on a CPU
+    if config.compile:
+        network.compile()
+    optimizer = Adam(
+        network.parameters(), lr=config.lr, betas=(0.5, 0.999), weight_decay=config.weight_decay, fused=True
+    )
+    return optimizer, CosineAnnealingWarmRestarts(optimizer, T_0=15, T_mult=2)
+
+
+def shuffled_batches(images: torch.Tensor, batch_size: int) -> Iterator[torch.Tensor]:
+    """One epoch: uint8 (N, C, H, W) in a random order, as batches (batch_size, C, H, W) in [-1, 1] on their device.
+
+    The last, smaller batch is left out: BatchNorm would see too few.
+    """
+    order = torch.randperm(len(images)).to(images.device)
+    for rows in order[: len(images) // batch_size * batch_size].split(batch_size):
+        yield util.to_model(images[rows]).contiguous(memory_format=torch.channels_last)
+
+
+def train_step(
+    generator: Generator,
+    discriminator: Discriminator,
+    optimizer_g: Adam,
+    optimizer_d: Adam,
+    real: torch.Tensor,
+    config: Config,
+    autocast: torch.autocast,
+) -> torch.Tensor:
+    """One step of D on real (N, C, H, W) and generated images, then `generator_steps` steps of G against that D.
+
+    Returns D's loss, G's last loss, P(real) and P(fake) as (4,), on the device: nothing here waits for a GPU.
+    """
+
+    def generate() -> torch.Tensor:
+        return generator(torch.randn(len(real), config.latent_dim, device=real.device))
+
+    with autocast:
+        fake = generate()
+        # the losses are computed in full precision again
+        real_logits, fake_logits = discriminator(real).to(real.dtype), discriminator(fake.detach()).to(real.dtype)
+    loss_d = discriminator_loss(real_logits, fake_logits)
+    optimizer_d.zero_grad()
+    loss_d.backward()
+    optimizer_d.step()
+
+    discriminator.requires_grad_(False)  # G's steps need no gradient for D's weights: a fifth of the work
+    for step in range(config.generator_steps):
+        with autocast:
+            if step > 0:  # the first step takes the images that D has just seen
+                fake = generate()
+            loss_g = generator_loss(discriminator(fake).to(real.dtype))
+        optimizer_g.zero_grad()
+        loss_g.backward()
+        optimizer_g.step()
+    discriminator.requires_grad_(True)
+    return torch.stack([loss_d, loss_g, real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()]).detach()
+
+
 def main(config: Config) -> None:
     """Train, and write the run folder."""
     started = time.monotonic()
@@ -76,6 +141,8 @@ def main(config: Config) -> None:
     except ValueError as error:
         raise util.InputError(f"--image-size: {error}") from error
     device = util.pick_device(config.device)
+    precision = util.pick_precision(config.precision, device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     torch.manual_seed(config.seed)
 
     # Networks
@@ -85,22 +152,18 @@ def main(config: Config) -> None:
     channels = images.shape[1]
     generator = Generator(config.image_size, channels, config.latent_dim, config.ngf).apply(initialise_weights)
     discriminator = Discriminator(config.image_size, channels, config.ndf).apply(initialise_weights)
-    generator.to(device, memory_format=torch.channels_last)  # 1.3x to 1.9x faster than NCHW on a CPU
-    discriminator.to(device, memory_format=torch.channels_last)
-    adam = {"lr": config.lr, "betas": (0.5, 0.999), "weight_decay": config.weight_decay}
-    optimizer_g, optimizer_d = Adam(generator.parameters(), **adam), Adam(discriminator.parameters(), **adam)
-    scheduler_g = CosineAnnealingWarmRestarts(optimizer_g, T_0=15, T_mult=2)
-    scheduler_d = CosineAnnealingWarmRestarts(optimizer_d, T_0=15, T_mult=2)
+    optimizer_g, scheduler_g = prepare(generator, config, device)
+    optimizer_d, scheduler_d = prepare(discriminator, config, device)
 
     run_dir = config.run_dir or Path("outputs") / f"{normal.name}-{normal_class}"
     run_dir.mkdir(parents=True, exist_ok=True)
     batch_size = min(config.batch_size, len(images))
-    steps_per_epoch = len(images) // batch_size  # the last, smaller batch is left out: BatchNorm would see too few
+    steps_per_epoch = len(images) // batch_size
     if (run_dir / "gan.pt").exists():
         print(
             f"this training will replace {run_dir / 'gan.pt'}: latents and scores of the old one no longer belong to it"
         )
-    print(f"run: {run_dir}   normal class: {normal_class} ({len(images)} images)   device: {device}")
+    print(f"run: {run_dir}   normal class: {normal_class} ({len(images)} images)   device: {device}, {precision}")
 
     # Training
     history: list[list[float]] = []  # D loss, G loss, P(real), P(fake) of every step
@@ -109,32 +172,10 @@ def main(config: Config) -> None:
     bar = util.progress_bar(config.epochs * steps_per_epoch, " steps")
     for epoch in range(config.epochs):
         recent = []  # stays on the device: reading it would wait for the GPU at every step
-        for i, batch in enumerate(torch.randperm(len(images))[: steps_per_epoch * batch_size].split(batch_size)):
-            real = util.to_model(images[batch.to(device)]).contiguous(memory_format=torch.channels_last)
-
-            # One step of D on real and generated images
-            fake = generator(torch.randn(batch_size, config.latent_dim, device=device)).detach()
-            real_logits, fake_logits = discriminator(real), discriminator(fake)
-            loss_d = discriminator_loss(real_logits, fake_logits)
-            optimizer_d.zero_grad()
-            loss_d.backward()
-            optimizer_d.step()
-
-            # Several steps of G against that D, whose weights need no gradient
-            discriminator.requires_grad_(False)
-            for _ in range(config.generator_steps):
-                loss_g = generator_loss(
-                    discriminator(generator(torch.randn(batch_size, config.latent_dim, device=device)))
-                )
-                optimizer_g.zero_grad()
-                loss_g.backward()
-                optimizer_g.step()
-            discriminator.requires_grad_(True)
-
+        for i, real in enumerate(shuffled_batches(images, batch_size)):
+            recent.append(train_step(generator, discriminator, optimizer_g, optimizer_d, real, config, autocast))
             scheduler_d.step(epoch + i / steps_per_epoch)
             scheduler_g.step(epoch + i / steps_per_epoch)
-            p_real, p_fake = real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()
-            recent.append(torch.stack([loss_d, loss_g, p_real, p_fake]).detach())
             if bar.update():  # the bar redraws ten times a second at most
                 show(bar, epoch, recent[-1].tolist())
 
@@ -178,6 +219,8 @@ def load_normal_images(normal: util.ImageSet, config: Config) -> torch.Tensor:
     images, _ = util.load_images(normal, config.image_size, 3, config.skip_unreadable)
     if len(images) == 0:
         raise util.InputError(f"none of the {len(normal)} training images can be read")
+    if skipped := len(normal) - len(images):
+        print(f"skipped {skipped} of {len(normal)} images, which cannot be read")
     is_grey = (images[:, :1] == images[:, 1:]).all()
     return images[:, :1].contiguous() if is_grey else images
 
