@@ -1,5 +1,6 @@
 # make demo      the three scripts on scikit-learn's digits: a first result in minutes, no download of data
 # make test      the test suite
+# make bench     the search and the training against the usual loops: two tables and two JSON files in under 10 minutes
 # make cifar10   the three scripts with their defaults, on CIFAR-10 (hours without a GPU)
 # make lint      ruff
 
@@ -7,8 +8,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := outputs/digits-1
+# for figures from CIFAR-10: make bench BENCH_RUN=outputs/cifar10-automobile BENCH_DATA="--dataset cifar10"
+BENCH_RUN := outputs/digits-1-64
+BENCH_DATA := --dataset digits
 
-.PHONY: demo test cifar10 lint clean
+.PHONY: demo test bench cifar10 lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python train_gan.py --dataset digits --normal-class 1 --run-dir $(DEMO) \
@@ -25,6 +29,13 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/installed $(BENCH_RUN)/gan.pt
+	$(BIN)/python -m benchmarks.latent_search --run-dir $(BENCH_RUN)
+	$(BIN)/python -m benchmarks.training $(BENCH_DATA)
+
+outputs/digits-1-64/gan.pt: | $(VENV)/installed
+	$(BIN)/python train_gan.py --dataset digits --run-dir $(@D) --batch-size 16 --epochs 30
 
 cifar10: $(VENV)/installed
 	$(BIN)/python train_gan.py

@@ -1,0 +1,176 @@
+"""The training loop against the usual DCGAN loop: one process, alternating, the same images, CPU or CUDA.
+
+    python -m benchmarks.training                                                       # digits
+    python -m benchmarks.training --dataset data/cifar10-jpeg --normal-class automobile
+
+The usual loop decodes pictures in a DataLoader with two workers, keeps NCHW and fp32, computes gradients for D's
+weights in G's steps too, and reads the losses at every step. Both do one D step and three G steps on 64 images, from
+the same first weights. Prints one table, writes benchmarks/results/<name>.json and the loss curves to
+docs/<name>_curves.png.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import tyro
+from torch.optim import Adam
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor
+
+import train_gan
+import util
+from benchmarks import measure
+from network import Discriminator, Generator, initialise_weights
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+BETAS = (0.5, 0.999)
+
+
+@dataclass
+class Config:
+    dataset: str = "digits"  # cifar10, digits, or a folder with train/<class>/ and test/<class>/
+    normal_class: str = "1"  # name or index of the class to train on
+    image_size: int = 64  # side in pixels
+    ngf: int = 64  # width of G, and of D
+    batch_size: int = 64  # images a step
+    steps: int = 4  # steps of each loop before the next one's turn
+    repeats: int = 5  # turns
+    seed: int = 0  # of the first weights, the order of the images and the latents
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda, cuda:1, cpu, ...
+    name: str = "training"  # of the files it writes
+
+
+class Pictures(Dataset):
+    """The pictures of a split, decoded and transformed one by one."""
+
+    def __init__(self, image_set: util.ImageSet, image_size: int) -> None:
+        self.image_set = image_set
+        self.transform = Compose(
+            [Resize(image_size), CenterCrop(image_size), ToTensor(), Normalize([0.5] * 3, [0.5] * 3)]
+        )
+
+    def __len__(self) -> int:
+        return len(self.image_set)
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        return self.transform(self.image_set.open_image(self.image_set.index[row]).convert("RGB"))
+
+
+def networks(config: Config, device: torch.device) -> tuple[Generator, Discriminator]:
+    """G and D with the first weights of the seed."""
+    torch.manual_seed(config.seed)
+    generator = Generator(config.image_size, ngf=config.ngf).apply(initialise_weights)
+    discriminator = Discriminator(config.image_size, ndf=config.ngf).apply(initialise_weights)
+    return generator.to(device), discriminator.to(device)
+
+
+def usual_training(image_set: util.ImageSet, config: Config, device: torch.device) -> Iterator[list[float]]:
+    """The usual loop: yields D's and G's loss after each step."""
+    generator, discriminator = networks(config, device)
+    optimizer_g = Adam(generator.parameters(), lr=2e-4, betas=BETAS, weight_decay=1e-5)
+    optimizer_d = Adam(discriminator.parameters(), lr=2e-4, betas=BETAS, weight_decay=1e-5)
+    loader = DataLoader(
+        Pictures(image_set, config.image_size), config.batch_size, shuffle=True, drop_last=True, num_workers=2
+    )
+    while True:
+        for real in loader:
+            real = real.to(device)
+            fake = generator(torch.randn(len(real), 128, device=device))
+            loss_d = train_gan.discriminator_loss(discriminator(real), discriminator(fake.detach()))
+            optimizer_d.zero_grad()
+            loss_d.backward()
+            optimizer_d.step()
+            for _ in range(3):
+                fake = generator(torch.randn(len(real), 128, device=device))
+                loss_g = train_gan.generator_loss(discriminator(fake))
+                optimizer_g.zero_grad()
+                loss_g.backward()
+                optimizer_g.step()
+            yield [loss_d.item(), loss_g.item()]
+
+
+def our_training(images: torch.Tensor, precision: str, config: Config, device: torch.device) -> Iterator[torch.Tensor]:
+    """The loop of train_gan.py: yields D's loss, G's loss, P(real) and P(fake) after each step, on the device."""
+    ours = train_gan.Config(batch_size=config.batch_size)
+    generator, discriminator = networks(config, device)
+    optimizer_g, _ = train_gan.prepare(generator, ours, device)
+    optimizer_d, _ = train_gan.prepare(discriminator, ours, device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    while True:
+        for real in train_gan.shuffled_batches(images, config.batch_size):
+            yield train_gan.train_step(generator, discriminator, optimizer_g, optimizer_d, real, ours, autocast)
+
+
+def main(config: Config) -> None:
+    """Let the loops take turns; print, write the JSON file, draw the curves."""
+    device = util.pick_device(config.device)
+    image_set = util.open_split(config.dataset, "train", config.normal_class)
+    images = util.load_images(image_set, config.image_size, 3)[0].to(device)
+    about = {
+        "dataset": config.dataset,
+        "normal_class": image_set.classes[image_set.label[0]],
+        "training_images": len(images),
+        "image_size": config.image_size,
+        "ngf": config.ngf,
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "hardware": measure.hardware(device),
+        "torch": torch.__version__,
+    }
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+
+    loops: dict[str, Iterator] = {"usual loop": usual_training(image_set, config, device)}
+    for precision in dict.fromkeys(("fp32", util.pick_precision("auto", device))):  # bf16 too where it is faster
+        loops[f"ours, {precision}"] = our_training(images, precision, config, device)
+    losses: dict[str, list] = {name: [] for name in loops}
+    turns = {
+        name: (
+            lambda name=name: losses[name].extend(islice(loops[name], config.steps)),
+            config.steps * config.batch_size,
+        )
+        for name in loops
+    }
+    table = measure.take_turns(turns, config.repeats, device)
+    for row in table.values():
+        row["images_per_second"] = 1e3 / row["ms_per_image_step"]["median"]
+    measure.print_turns(table)
+
+    curves = {name: np.array([[float(value) for value in step[:2]] for step in rows]) for name, rows in losses.items()}
+    for name, curve in curves.items():
+        last = curve[len(curve) // 2 :].mean(0)
+        table[name]["mean_loss_of_the_second_half"] = {"d": last[0], "g": last[1]}
+        print(f"{name:<14} mean loss of the second half of {len(curve)} steps: D {last[0]:.3f}, G {last[1]:.3f}")
+    results = Path(__file__).parent / "results"
+    ours = list(table.values())[-1]
+    util.write_json(results / f"{config.name}.json", {**about, "images_ratio": ours["ratio"], "loops": table})
+    draw_curves(Path("docs") / f"{config.name}_curves.png", curves, config)
+
+
+def draw_curves(path: Path, curves: dict[str, np.ndarray], config: Config) -> None:
+    """D's and G's loss against steps, a line a loop, averaged over 1/50 of the steps."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for column, (axes, network) in enumerate(zip(panels, "DG", strict=True)):
+        for name, curve in curves.items():
+            window = max(1, len(curve) // 50)
+            means = curve[: len(curve) // window * window, column].reshape(-1, window).mean(1)
+            axes.plot((np.arange(len(means)) + 0.5) * window, means, label=name, alpha=0.8)
+        axes.set(xlabel="step", ylabel=f"loss of {network}")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(
+        f"{config.dataset}, {config.normal_class}, {config.image_size}x{config.image_size}, ngf {config.ngf}"
+    )
+    with util.replacing(path) as partial:
+        figure.savefig(partial, dpi=100)
+
+
+if __name__ == "__main__":
+    with util.clear_errors():
+        main(tyro.cli(Config, description=__doc__))
