@@ -65,7 +65,7 @@ def nearest_candidates(x: torch.Tensor, candidates: Candidates) -> torch.Tensor:
     """The candidate z of the smallest residual between thumbnails, for each image (N, C, H, W): (N, latent_dim).
 
     Each distance is a sum of its own, so a start depends on seed, model and that image alone. On whole images and
-    with the discrimination in it, the choice was 0.1% better and 50 times dearer (benchmarks/README.md).
+    with the discrimination in it, the choice was 0.1% better and 30 times dearer (benchmarks/README.md).
     """
     return candidates.z[torch.cdist(thumbnails(x), candidates.thumbnails, p=1).argmin(1)]
 
@@ -205,7 +205,9 @@ def main(config: Config) -> None:
         )
         fitted[split] = {"images": searched, "mean_loss": loss_sum / searched}
 
-    util.record_run(run_dir, "fit_latent", config, device, time.monotonic() - started, fitted=fitted)
+    util.record_run(
+        run_dir, "fit_latent", config, device, time.monotonic() - started, precision=precision, fitted=fitted
+    )
     print(f"wrote {run_dir}/: {' '.join(f'latents-{split}.npz' for split in config.splits)} run.json")
     print(f"next: python evaluate.py --run-dir {run_dir}")
 

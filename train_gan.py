@@ -209,7 +209,8 @@ def main(config: Config) -> None:
             write_losses(run_dir, history, steps_per_epoch)
             write_samples(run_dir, images[:64], frames, f"{run_dir.name}, epoch {epoch + 1}")
     bar.close()
-    util.record_run(run_dir, "train_gan", config, device, time.monotonic() - started, training_images=len(images))
+    facts = {"training_images": len(images), "precision": precision}
+    util.record_run(run_dir, "train_gan", config, device, time.monotonic() - started, **facts)
     print(f"wrote {run_dir}/: gan.pt losses.csv losses.png samples.png samples.gif run.json")
     print(f"next: python fit_latent.py --run-dir {run_dir}")
 

@@ -106,6 +106,8 @@ def test_run_json_tells_how_each_script_ran(digits_workdir: Path) -> None:
         assert script["seconds"] > 0 and script["device"].startswith("cpu") and script["versions"]["torch"]
         assert os.name == "nt" or script["peak_memory_mib"] > 50
     assert record["train_gan"]["hyperparameters"]["epochs"] == 3
+    # what "auto" came to, the same for both
+    assert record["train_gan"]["precision"] == record["fit_latent"]["precision"] in ("bf16", "fp32")
 
 
 def test_latents_do_not_depend_on_batch_size(digits_workdir: Path) -> None:
