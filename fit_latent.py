@@ -29,11 +29,11 @@ class Config:
     run_dir: Path | None = None  # the run to use; by default the one trained last
     splits: tuple[str, ...] = ("validation", "test")  # any of train, validation, test, train_anomalies
     max_images: int | None = None  # take only so many images of a split, each class in its proportion
-    steps: int = 100  # Adam steps for each image
+    steps: int = 100  # Adam steps for each image; fewer than 25 can end higher than they start
     lr: float = 0.4  # Adam's largest step size: up to it over the first fifth of the steps, down over the last
     discrimination_weight: float = 0.1  # lambda: the loss is (1 - lambda) residual + lambda discrimination
     candidates: int = 4000  # generated images among which a search starts at the nearest; with 1, at the same z for all
-    batch_size: int = 512 if torch.cuda.is_available() else 64  # images at once; up to rounding it changes no result
+    batch_size: int | None = None  # images at once, by default 64 on a CPU and 512 on a GPU; it changes no result
     seed: int = 0  # of the candidates and of the choice of --max-images
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda, cuda:1, cpu, ...
     precision: util.Precision = "auto"  # of the steps; auto: bf16 where the hardware multiplies it faster
@@ -54,11 +54,11 @@ def thumbnails(images: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def draw_candidates(generator: Generator, latent_dim: int, count: int, batch_size: int, seed: int) -> Candidates:
+def draw_candidates(generator: Generator, latent_dim: int, count: int, seed: int) -> Candidates:
     """`count` latents z ~ N(0, I), which depend on the seed alone, and the thumbnails of G(z)."""
     device = next(generator.parameters()).device
     z = torch.randn(count, latent_dim, generator=torch.Generator().manual_seed(seed)).to(device)
-    return Candidates(z, torch.cat([thumbnails(generator(batch)) for batch in z.split(batch_size)]))
+    return Candidates(z, torch.cat([thumbnails(generator(batch)) for batch in z.split(64)]))
 
 
 def nearest_candidates(x: torch.Tensor, candidates: Candidates) -> torch.Tensor:
@@ -91,7 +91,8 @@ def search_latents(
     autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16")
     z = z.clone().requires_grad_()
     optimizer = Adam([z], lr=lr, fused=True)
-    features = discriminator.features(x)  # f(x) stays the same throughout
+    with torch.no_grad():
+        features = discriminator.features(x)  # f(x) stays the same throughout
 
     def losses() -> tuple[torch.Tensor, torch.Tensor]:
         generated = generator(z)
@@ -108,7 +109,8 @@ def search_latents(
         optimizer.step()
         after_step()
     z = z.detach()
-    return z, *losses()
+    with torch.no_grad():
+        return z, *losses()
 
 
 def stratified_subset(label: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -127,11 +129,12 @@ def stratified_subset(label: np.ndarray, count: int, seed: int) -> np.ndarray:
 def main(config: Config) -> None:
     """Search, and write latents-<split>.npz of every split asked for."""
     started = time.monotonic()
-    util.check_at_least(config, 1, "steps", "candidates", "batch_size")
+    util.check_at_least(config, 1, "steps", "candidates")
     util.check_at_least(config, 0, "lr", "discrimination_weight")
     util.check_seed(config.seed)
-    if config.max_images is not None:
-        util.check_at_least(config, 1, "max_images")
+    for name in ("max_images", "batch_size"):
+        if getattr(config, name) is not None:
+            util.check_at_least(config, 1, name)
     if config.discrimination_weight > 1:
         raise util.InputError(f"--discrimination-weight must be at most 1, not {config.discrimination_weight}")
     if not config.splits:
@@ -140,13 +143,14 @@ def main(config: Config) -> None:
         raise util.InputError(f"unknown split {min(unknown)!r}: choose --splits from {', '.join(util.SPLITS)}")
     device = util.pick_device(config.device)
     precision = util.pick_precision(config.precision, device)
+    batch_size = config.batch_size or (512 if device.type == "cuda" else 64)
     run_dir = util.find_run(config.run_dir)
     gan = util.load_gan(run_dir, device)
     print(f"run: {run_dir}   normal class: {gan.normal_class}   epochs: {gan.epoch}   device: {device}, {precision}")
 
     search = {name: getattr(config, name) for name in ("steps", "lr", "discrimination_weight", "candidates", "seed")}
     search["precision"] = precision
-    candidates = draw_candidates(gan.generator, gan.latent_dim, config.candidates, config.batch_size, config.seed)
+    candidates = draw_candidates(gan.generator, gan.latent_dim, config.candidates, config.seed)
     fitted = {}
     for split in config.splits:
         image_set = util.open_split(gan.dataset, split, gan.normal_class)
@@ -159,6 +163,19 @@ def main(config: Config) -> None:
         if len(image_set) == 0:
             raise util.InputError(f"the split {split} of {gan.dataset} holds no images: choose other --splits")
 
+        def batches(image_set: util.ImageSet) -> list[util.ImageSet]:
+            return [image_set.take(slice(i, i + batch_size)) for i in range(0, len(image_set), batch_size)]
+
+        # Read every image once before the first step: a damaged file must not end a search after hours
+        size, channels = gan.image_size, gan.image_channels
+        readable = [util.load_images(part, size, channels, config.skip_unreadable)[1] for part in batches(image_set)]
+        skipped = len(image_set) - sum(map(len, readable))
+        if skipped == len(image_set):
+            raise util.InputError(f"none of the {skipped} images of the split {split} can be read")
+        if skipped:
+            print(f"skipped {skipped} of {len(image_set)} images, which cannot be read")
+            image_set = image_set.take(np.isin(image_set.index, np.concatenate([part.index for part in readable])))
+
         # Batch by batch: read, start, search, keep
         bar = util.progress_bar(
             len(image_set),
@@ -166,36 +183,27 @@ def main(config: Config) -> None:
             desc=split,
             bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
         )
-        read, found, searched, loss_sum = [], [], 0, 0.0
-        for first in range(0, len(image_set), config.batch_size):
-            batch = image_set.take(slice(first, first + config.batch_size))
-            images, readable = util.load_images(batch, gan.image_size, gan.image_channels, config.skip_unreadable)
-            if len(images) > 0:
-                x = util.to_model(images, device).contiguous(memory_format=torch.channels_last)
-                z, residual, discrimination = search_latents(
-                    gan.generator,
-                    gan.discriminator,
-                    x,
-                    nearest_candidates(x, candidates),
-                    config.steps,
-                    config.lr,
-                    config.discrimination_weight,
-                    precision,
-                    after_step=partial(bar.update, len(batch) / config.steps),
-                )
-                read.append(readable.index)
-                found.append((z.cpu(), residual.cpu(), discrimination.cpu()))
-                searched += len(images)
-                loss_sum += util.anomaly_score(residual, discrimination, config.discrimination_weight).sum().item()
-            bar.n = first + len(batch)  # whole images again, after fractions of a batch
-            bar.set_postfix_str(f"mean loss {loss_sum / max(searched, 1):.1f}", refresh=bar.n == len(image_set))
+        found, loss_sum = [], 0.0
+        for batch in batches(image_set):
+            images, _ = util.load_images(batch, size, channels)
+            x = util.to_model(images, device).contiguous(memory_format=torch.channels_last)
+            z, residual, discrimination = search_latents(
+                gan.generator,
+                gan.discriminator,
+                x,
+                nearest_candidates(x, candidates),
+                config.steps,
+                config.lr,
+                config.discrimination_weight,
+                precision,
+                after_step=partial(bar.update, len(batch) / config.steps),
+            )
+            found.append((z.cpu(), residual.cpu(), discrimination.cpu()))
+            loss_sum += util.anomaly_score(residual, discrimination, config.discrimination_weight).sum().item()
+            bar.n = round(bar.n)  # whole images again, after fractions of a batch
+            bar.set_postfix_str(f"mean loss {loss_sum / bar.n:.1f}", refresh=bar.n == len(image_set))
         bar.close()
-        if searched == 0:
-            raise util.InputError(f"none of the {len(image_set)} images of the split {split} can be read")
         z, residual, discrimination = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
-        if searched < len(image_set):
-            print(f"skipped {len(image_set) - searched} of {len(image_set)} images, which cannot be read")
-            image_set = image_set.take(np.isin(image_set.index, np.concatenate(read)))
         if not (np.isfinite(z).all() and np.isfinite(residual).all() and np.isfinite(discrimination).all()):
             raise util.InputError(
                 f"the search of {split} diverged or {run_dir / 'gan.pt'} did: lower --lr, or train again"
@@ -203,7 +211,7 @@ def main(config: Config) -> None:
         util.write_latents(
             run_dir, split, gan, image_set, search, z=z, residual=residual, discrimination=discrimination
         )
-        fitted[split] = {"images": searched, "mean_loss": loss_sum / searched}
+        fitted[split] = {"images": len(z), "mean_loss": loss_sum / len(z)}
 
     util.record_run(
         run_dir, "fit_latent", config, device, time.monotonic() - started, precision=precision, fitted=fitted

@@ -51,7 +51,7 @@ class Config:
     seed: int = 0  # of the first weights, the order of the images and the latents
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda, cuda:1, cpu, ...
     precision: util.Precision = "auto"  # of the convolutions; auto: bf16 where the hardware multiplies it faster
-    compile: bool = torch.cuda.is_available()  # torch.compile G and D: a later start, faster on a GPU, slower on a CPU
+    compile: bool = False  # torch.compile G and D, for a GPU: a later start; on a CPU it was slower
     run_dir: Path | None = None  # where to write; by default outputs/<data set>-<normal class>
     skip_unreadable: bool = False  # go on without the images that cannot be read
 
@@ -117,7 +117,7 @@ def train_step(
     loss_d.backward()
     optimizer_d.step()
 
-    discriminator.requires_grad_(False)  # G's steps need no gradient for D's weights: a fifth of the work
+    discriminator.requires_grad_(False)  # G's steps need no gradient for D's weights: a sixth of their work
     for step in range(config.generator_steps):
         with autocast:
             if step > 0:  # the first step takes the images that D has just seen

@@ -73,12 +73,13 @@ def pick_device(name: str) -> torch.device:
 def pick_precision(name: Precision, device: torch.device) -> str:
     """What convolutions run in, "bf16" or "fp32": weights, losses and optimizers stay fp32 in both.
 
-    `auto` is bf16 where the hardware multiplies it faster: NVIDIA from Ampere on, x86 with AVX512-BF16 or AMX.
+    `auto` is bf16 where the hardware multiplies it faster: NVIDIA from Ampere on, x86 with AVX512-BF16 or AMX. On
+    these GPUs PyTorch computes fp32 convolutions in TF32, with 10 bits of mantissa, unless it is told otherwise.
     """
     if name != "auto":
         return name
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     is_faster = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16" if device.type == "cpu" and is_faster else "fp32"
 
@@ -454,7 +455,7 @@ def record_run(run_dir: Path, script: str, config: Any, device: torch.device, se
         "cpu_threads": torch.get_num_threads(),
         "peak_memory_mib": _peak_memory_mib(),
         "peak_gpu_memory_mib": torch.cuda.max_memory_allocated(device) // 2**20 if device.type == "cuda" else None,
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -480,7 +481,7 @@ def _peak_memory_mib() -> int | None:
     return peak // 2**20 if sys.platform == "darwin" else peak // 2**10  # bytes on macOS, KiB elsewhere
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """The commit these scripts stand at, with -dirty if they were edited since; None outside a git checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:

@@ -22,6 +22,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 OURS = fit_latent.Config()
+BATCH_SIZE = 64
 
 
 @dataclass
@@ -43,9 +44,7 @@ def main(config: Config) -> None:
     validation = util.open_split(gan.dataset, "validation", gan.normal_class).take(slice(config.images))
     images, _ = util.load_images(validation, gan.image_size, gan.image_channels)
     x = util.to_model(images, device).contiguous(memory_format=torch.channels_last)
-    candidates = fit_latent.draw_candidates(
-        gan.generator, gan.latent_dim, OURS.candidates, OURS.batch_size, config.seed
-    )
+    candidates = fit_latent.draw_candidates(gan.generator, gan.latent_dim, OURS.candidates, config.seed)
     starts = {
         "random": candidates.z[: len(x)],
         f"nearest of {OURS.candidates}": fit_latent.nearest_candidates(x, candidates),
@@ -54,7 +53,7 @@ def main(config: Config) -> None:
     table: dict[str, dict[str, dict[str, float]]] = {name: {} for name in starts}
     for name, lr, steps in tqdm([(name, lr, steps) for name in starts for lr in config.lr for steps in config.steps]):
         losses = []
-        for batch, z in zip(x.split(OURS.batch_size), starts[name].split(OURS.batch_size), strict=True):
+        for batch, z in zip(x.split(BATCH_SIZE), starts[name].split(BATCH_SIZE), strict=True):
             _, *found = fit_latent.search_latents(
                 gan.generator, gan.discriminator, batch, z, steps, lr, OURS.discrimination_weight, precision
             )
@@ -66,15 +65,14 @@ def main(config: Config) -> None:
     for name, rows in table.items():
         for lr, losses in rows.items():
             print(f"{name:<18} {lr:>6} " + "".join(f"{loss:>12.1f}" for loss in losses.values()))
-    about = {"dataset": gan.dataset, "normal_class": gan.normal_class, "image_size": gan.image_size}
+    about = measure.about_gan(gan)
     util.write_json(
         Path(__file__).parent / "results/convergence.json",
         {
             **about,
-            "epochs": gan.epoch,
             "images": len(images),
             "seed": config.seed,
-            "hardware": measure.hardware(device),
+            **measure.about(device),
             "precision": precision,
             "mean_loss": table,
         },
@@ -90,8 +88,10 @@ def main(config: Config) -> None:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("mean loss of the search")
     panels[0].legend()
-    figure.suptitle(", ".join(map(str, about.values())) + f" pixels, {len(images)} validation images")
-    with util.replacing(Path("docs") / "convergence.png") as partial:
+    figure.suptitle(
+        f"{gan.dataset}, {gan.normal_class}, {gan.image_size}x{gan.image_size}, {len(images)} validation images"
+    )
+    with util.replacing(Path(__file__).parents[1] / "docs/convergence.png") as partial:
         figure.savefig(partial, dpi=100)
 
 

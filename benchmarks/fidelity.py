@@ -20,6 +20,7 @@ import util
 from benchmarks import measure
 
 OURS = fit_latent.Config()
+BATCH_SIZE = 64
 
 
 @dataclass
@@ -41,13 +42,11 @@ def main(config: Config) -> None:
     test = test.take(fit_latent.stratified_subset(test.label, config.images, config.seed))
     images, _ = util.load_images(test, gan.image_size, gan.image_channels)
     is_anomaly = test.label != gan.classes.index(gan.normal_class)
-    candidates = fit_latent.draw_candidates(
-        gan.generator, gan.latent_dim, OURS.candidates, OURS.batch_size, config.seed
-    )
+    candidates = fit_latent.draw_candidates(gan.generator, gan.latent_dim, OURS.candidates, config.seed)
 
     def scores(steps: int, precision: str) -> np.ndarray:
         found = []
-        for batch in tqdm(images.split(OURS.batch_size), f"{precision}, {steps} steps", leave=False):
+        for batch in tqdm(images.split(BATCH_SIZE), f"{precision}, {steps} steps", leave=False):
             x = util.to_model(batch, device).contiguous(memory_format=torch.channels_last)
             z = fit_latent.nearest_candidates(x, candidates)
             _, *losses = fit_latent.search_latents(
@@ -65,7 +64,9 @@ def main(config: Config) -> None:
     }
     full_auc = roc_auc_score(is_anomaly, full)
     table = {}
-    print(f"{run_dir}: {len(test)} test images, {is_anomaly.sum()} of them anomalous, {measure.hardware(device)}")
+    print(
+        f"{run_dir}: {len(test)} test images, {is_anomaly.sum()} of them anomalous, {measure.about(device)['hardware']}"
+    )
     print("search               mean score  median change  ROC-AUC  difference")
     for name, score in rows.items():
         auc = roc_auc_score(is_anomaly, score)
@@ -82,13 +83,10 @@ def main(config: Config) -> None:
     util.write_json(
         Path(__file__).parent / "results/fidelity.json",
         {
-            "dataset": gan.dataset,
-            "normal_class": gan.normal_class,
-            "image_size": gan.image_size,
-            "epochs": gan.epoch,
+            **measure.about_gan(gan),
             "images": len(test),
             "seed": config.seed,
-            "hardware": measure.hardware(device),
+            **measure.about(device),
             "searches": table,
         },
     )

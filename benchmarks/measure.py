@@ -1,8 +1,8 @@
-"""What the speed benchmarks share: seconds, FLOP, the machine's peak and peak memory, measured in the run itself."""
+"""What the speed benchmarks share: seconds, FLOP, and the machine's peak, measured in the run itself."""
 
 import os
+import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +12,8 @@ import torch
 from torch.nn.functional import conv2d
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
+
+import util
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -31,34 +33,31 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def take_turns(
-    rows: dict[str, tuple[Callable[[], object], int]], repeats: int, device: torch.device
+    rows: dict[str, tuple[Callable[[], object], int, str]], repeats: int, device: torch.device
 ) -> dict[str, dict]:
     """Time pieces of work one after the other, `repeats` times over; a table row each, compared with the first.
 
-    `rows` has a piece of work and its number of image-steps (images times steps) by name; a name that ends with "bf16"
-    is compared with the peak in bf16. Each piece runs twice before it is timed.
+    `rows` has by name a piece of work, its number of image-steps (images times steps) and its precision, which says
+    the peak that it is compared with. Each piece runs once before it is timed.
     """
-    flop = {name: count_flop(work) / image_steps for name, (work, image_steps) in rows.items()}
-    memory = {name: peak_memory_mib(work, device) for name, (work, _) in rows.items()}
-    precision = {name: "bf16" if name.endswith("bf16") else "fp32" for name in rows}
+    flop = {name: count_flop(work) / image_steps for name, (work, image_steps, _) in rows.items()}
     times: dict[str, list[float]] = {name: [] for name in rows}
-    peaks: dict[str, list[float]] = {name: [] for name in dict.fromkeys(precision.values())}
+    peaks: dict[str, list[float]] = {precision: [] for _, _, precision in rows.values()}
     for _ in tqdm(range(repeats), "turns", leave=False):
-        for name, measured in peaks.items():
-            measured.append(peak_flop_rate(name, device))
-        for name, (work, image_steps) in rows.items():
+        for precision, measured in peaks.items():
+            measured.append(peak_flop_rate(precision, device))
+        for name, (work, image_steps, _) in rows.items():
             times[name].append(timed(work, device)[0] / image_steps)
     usual = next(iter(times.values()))
     table = {}
     for name, values in times.items():
-        peak, rate = statistics.median(peaks[precision[name]]), flop[name] / statistics.median(values)
+        peak, rate = statistics.median(peaks[rows[name][2]]), flop[name] / statistics.median(values)
         table[name] = {
             "ms_per_image_step": spread([1e3 * value for value in values]),
             "gflop_per_image_step": flop[name] / 1e9,
             "gflop_per_second": rate / 1e9,
             "peak_gflop_per_second": peak / 1e9,
             "share_of_peak": rate / peak,
-            "peak_memory_mib": memory[name],
             "ratio": spread([theirs / ours for theirs, ours in zip(usual, values, strict=True)]),
         }
     return table
@@ -66,12 +65,12 @@ def take_turns(
 
 def print_turns(table: dict[str, dict]) -> None:
     """The table of `take_turns`."""
-    print("per image-step      ms  GFLOP  GFLOP/s  share of peak  peak MiB  times faster [min, max]")
+    print("per image-step      ms  GFLOP  GFLOP/s  share of peak  times faster [min, max]")
     for name, row in table.items():
         ratio = row["ratio"]
         print(
             f"{name:<14} {row['ms_per_image_step']['median']:>7.2f} {row['gflop_per_image_step']:>6.2f} "
-            f"{row['gflop_per_second']:>8.0f} {row['share_of_peak']:>14.2f} {row['peak_memory_mib'] or 0:>9} "
+            f"{row['gflop_per_second']:>8.0f} {row['share_of_peak']:>14.2f} "
             f"{ratio['median']:>8.2f} [{ratio['min']:.2f}, {ratio['max']:.2f}]"
         )
 
@@ -103,23 +102,26 @@ def peak_flop_rate(precision: str, device: torch.device) -> float:
         return max(flop / min(timed(work, device)[0] for _ in range(4)) for work, flop in pieces)
 
 
-def peak_memory_mib(work: Callable[[], object], device: torch.device) -> int | None:
-    """Most memory held during a piece of work: the GPU's, or on Linux this process's; None elsewhere."""
+def about(device: torch.device) -> dict[str, str | None]:
+    """What a figure depends on beside the work itself: hardware, PyTorch and the commit."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        work()
-        return torch.cuda.max_memory_allocated(device) // 2**20
-    if sys.platform != "linux":
-        return None
-    Path("/proc/self/clear_refs").write_text("5")  # forget the old peak
-    work()
-    (peak,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(peak.split()[1]) // 2**10
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        cpuinfo = Path("/proc/cpuinfo")  # Linux only; the name of the processor is in the line "model name"
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        name = names[0] if names else platform.processor() or platform.machine()
+        hardware = f"{os.cpu_count()} cores, {name}, {torch.backends.cpu.get_cpu_capability()}"
+    return {"hardware": hardware, "torch": torch.__version__, "git_commit": util.git_commit()}
 
 
-def hardware(device: torch.device) -> str:
-    """The device in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{os.cpu_count()} cores, {names[0].split(':')[1].strip()}, {torch.backends.cpu.get_cpu_capability()}"
+def about_gan(gan: util.TrainedGAN) -> dict[str, Any]:
+    """Which GAN a figure belongs to."""
+    return {
+        "dataset": gan.dataset,
+        "normal_class": gan.normal_class,
+        "image_size": gan.image_size,
+        "ngf": gan.generator.layers[-2].in_channels,
+        "epochs": gan.epoch,
+        "gan": gan.fingerprint[:12],
+    }

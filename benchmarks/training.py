@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import tyro
 from torch.optim import Adam
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor
 
 import train_gan
@@ -76,24 +76,22 @@ def usual_training(image_set: util.ImageSet, config: Config, device: torch.devic
     generator, discriminator = networks(config, device)
     optimizer_g = Adam(generator.parameters(), lr=2e-4, betas=BETAS, weight_decay=1e-5)
     optimizer_d = Adam(discriminator.parameters(), lr=2e-4, betas=BETAS, weight_decay=1e-5)
-    loader = DataLoader(
-        Pictures(image_set, config.image_size), config.batch_size, shuffle=True, drop_last=True, num_workers=2
-    )
-    while True:
-        for real in loader:
-            real = real.to(device)
+    pictures = Pictures(image_set, config.image_size)
+    endless = RandomSampler(pictures, replacement=True, num_samples=2**40)  # or workers start anew at every epoch
+    for real in DataLoader(pictures, config.batch_size, sampler=endless, num_workers=2):
+        real = real.to(device)
+        fake = generator(torch.randn(len(real), 128, device=device))
+        loss_d = train_gan.discriminator_loss(discriminator(real), discriminator(fake.detach()))
+        optimizer_d.zero_grad()
+        loss_d.backward()
+        optimizer_d.step()
+        for _ in range(3):
             fake = generator(torch.randn(len(real), 128, device=device))
-            loss_d = train_gan.discriminator_loss(discriminator(real), discriminator(fake.detach()))
-            optimizer_d.zero_grad()
-            loss_d.backward()
-            optimizer_d.step()
-            for _ in range(3):
-                fake = generator(torch.randn(len(real), 128, device=device))
-                loss_g = train_gan.generator_loss(discriminator(fake))
-                optimizer_g.zero_grad()
-                loss_g.backward()
-                optimizer_g.step()
-            yield [loss_d.item(), loss_g.item()]
+            loss_g = train_gan.generator_loss(discriminator(fake))
+            optimizer_g.zero_grad()
+            loss_g.backward()
+            optimizer_g.step()
+        yield [loss_d.item(), loss_g.item()]
 
 
 def our_training(images: torch.Tensor, precision: str, config: Config, device: torch.device) -> Iterator[torch.Tensor]:
@@ -113,6 +111,8 @@ def main(config: Config) -> None:
     device = util.pick_device(config.device)
     image_set = util.open_split(config.dataset, "train", config.normal_class)
     images = util.load_images(image_set, config.image_size, 3)[0].to(device)
+    if len(images) < config.batch_size:
+        raise util.InputError(f"{len(images)} training images are less than a batch: lower --batch-size")
     about = {
         "dataset": config.dataset,
         "normal_class": image_set.classes[image_set.label[0]],
@@ -121,19 +121,21 @@ def main(config: Config) -> None:
         "ngf": config.ngf,
         "batch_size": config.batch_size,
         "seed": config.seed,
-        "hardware": measure.hardware(device),
-        "torch": torch.__version__,
+        **measure.about(device),
     }
     print(", ".join(f"{name} {value}" for name, value in about.items()))
 
     loops: dict[str, Iterator] = {"usual loop": usual_training(image_set, config, device)}
+    precisions = {"usual loop": "fp32"}
     for precision in dict.fromkeys(("fp32", util.pick_precision("auto", device))):  # bf16 too where it is faster
         loops[f"ours, {precision}"] = our_training(images, precision, config, device)
+        precisions[f"ours, {precision}"] = precision
     losses: dict[str, list] = {name: [] for name in loops}
     turns = {
         name: (
             lambda name=name: losses[name].extend(islice(loops[name], config.steps)),
             config.steps * config.batch_size,
+            precisions[name],
         )
         for name in loops
     }
@@ -150,7 +152,7 @@ def main(config: Config) -> None:
     results = Path(__file__).parent / "results"
     ours = list(table.values())[-1]
     util.write_json(results / f"{config.name}.json", {**about, "images_ratio": ours["ratio"], "loops": table})
-    draw_curves(Path("docs") / f"{config.name}_curves.png", curves, config)
+    draw_curves(Path(__file__).parents[1] / "docs" / f"{config.name}_curves.png", curves, config)
 
 
 def draw_curves(path: Path, curves: dict[str, np.ndarray], config: Config) -> None:

@@ -232,13 +232,17 @@ def test_images_changed_since_the_search(tmp_path: Path, fails: Fails, run_here:
     assert "has other classes than" in fails("fit_latent.py", "--steps", "1", "--device", "cpu")
 
 
-def test_no_image_to_search_can_be_read(tmp_path: Path, fails: Fails, run_here: Callable[..., None]) -> None:
+def test_no_image_to_search_can_be_read(
+    tmp_path: Path, fails: Fails, run_here: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = folder(tmp_path / "set", {"train/good": 10, "test/good": 2})
     run_here(*TRAIN, "--dataset", "set", "--normal-class", "good")
-    for path in (root / "test/good").iterdir():
-        path.write_bytes(b"")
-    arguments = ["fit_latent.py", "--splits", "test", "--steps", "1", "--device", "cpu"]
-    assert "cannot read the image test/good/00.png" in fails(*arguments)
+    arguments = ["fit_latent.py", "--splits", "test", "--steps", "1", "--batch-size", "1", "--device", "cpu"]
+    # a damaged last image is found before the first step, not after a long search
+    (root / "test/good/01.png").write_bytes(b"")
+    monkeypatch.setattr(torch.Tensor, "backward", None)
+    assert "cannot read the image test/good/01.png" in fails(*arguments)
+    (root / "test/good/00.png").write_bytes(b"")
     assert "none of the 2 images of the split test" in fails(*arguments, "--skip-unreadable")
     assert not (tmp_path / "outputs/set-good/latents-test.npz").exists()
 

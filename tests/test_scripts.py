@@ -119,7 +119,7 @@ def test_latents_do_not_depend_on_batch_size(digits_workdir: Path) -> None:
         after = dict(np.load(run_dir / "latents-validation.npz"))
     finally:
         np.savez(run_dir / "latents-validation.npz", **before)
-    np.testing.assert_allclose(after["z"], before["z"], atol=1e-2)  # float32, 20 steps
+    np.testing.assert_allclose(after["z"], before["z"], atol=1e-2)  # 20 steps, in bf16 where that is the default
     np.testing.assert_allclose(after["residual"], before["residual"], rtol=1e-3)
 
 

@@ -143,7 +143,7 @@ def test_search_changes_nothing_in_the_networks(
 
 def test_search_starts_at_the_nearest_candidate(tiny_networks: Networks, images: torch.Tensor) -> None:
     generator = tiny_networks[0].float()
-    candidates = draw_candidates(generator, 8, 50, batch_size=16, seed=0)
+    candidates = draw_candidates(generator, 8, 50, seed=0)
     x = util.to_model(images)
     start = nearest_candidates(x, candidates)
     for image, z in zip(x, start, strict=True):  # against a loop over all candidates
@@ -156,12 +156,12 @@ def test_search_starts_at_the_nearest_candidate(tiny_networks: Networks, images:
 
 def test_start_depends_on_seed_model_and_image_alone(tiny_networks: Networks, images: torch.Tensor) -> None:
     generator, x = tiny_networks[0].float(), util.to_model(images)
-    candidates = draw_candidates(generator, 8, 500, batch_size=64, seed=0)
+    candidates = draw_candidates(generator, 8, 500, seed=0)
     start = nearest_candidates(x, candidates)
     assert torch.equal(start[[4, 1]], nearest_candidates(x[[4, 1]], candidates))
-    again = draw_candidates(generator, 8, 500, batch_size=7, seed=0)
+    again = draw_candidates(generator, 8, 500, seed=0)
     assert torch.equal(candidates.z, again.z) and torch.equal(start, nearest_candidates(x, again))
-    assert not torch.equal(candidates.z, draw_candidates(generator, 8, 500, batch_size=64, seed=1).z)
+    assert not torch.equal(candidates.z, draw_candidates(generator, 8, 500, seed=1).z)
     assert abs(candidates.z.mean()) < 0.05 and candidates.z.std() == pytest.approx(1, abs=0.05)  # N(0, I)
 
 
