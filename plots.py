@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import roc_curve
 
 import util
@@ -55,9 +56,10 @@ def score_histograms(
         for kind, rows, colour in (("normal", ~is_anomaly, "tab:green"), ("anomalous", is_anomaly, "tab:red")):
             axes.hist(score[rows], bins, density=True, alpha=0.5, color=colour, label=f"{kind} ({rows.sum()})")
         if name == "anomaly_score":
-            axes.axvline(threshold, color="black", linestyle="--", label="threshold, from validation")
-        axes.set(xlabel=LABELS[name], yticks=[])
-        axes.legend(fontsize="small")
+            axes.axvline(threshold, ymax=0.7, color="black", linestyle="--", label="threshold, from validation")
+        axes.set(xlabel=LABELS[name], yticks=[], ylim=(0, 1.4 * axes.get_ylim()[1]))  # the legend stands above the bars
+        axes.xaxis.set_major_locator(MaxNLocator(5))  # or long labels, such as those of a narrow P_D, touch
+        axes.legend(fontsize="small", loc="upper right")
     panels[0, 0].set_ylabel("density")
     figure.suptitle(title)
     save(figure, path)
