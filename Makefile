@@ -16,7 +16,7 @@ BENCH_DATA := --dataset digits
 
 demo: $(VENV)/installed
 	$(BIN)/python train_gan.py --dataset digits --normal-class 1 --run-dir $(DEMO) \
-	    --image-size 32 --ngf 16 --ndf 16 --batch-size 16 --epochs 105 --save-every 35
+	    --image-size 32 --ngf 16 --ndf 16 --batch-size 16 --epochs 105
 	$(BIN)/python fit_latent.py --run-dir $(DEMO)
 	$(BIN)/python evaluate.py --run-dir $(DEMO)
 	@echo

@@ -16,6 +16,7 @@ import torch
 import tyro
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
+import datasets
 import plots
 import util
 
@@ -34,7 +35,7 @@ class Config:
 class ScoredSplit:
     """The fitted images of one split and their scores, every array in the same order."""
 
-    images: util.ImageSet
+    images: datasets.ImageSet
     z: np.ndarray  # (N, latent_dim)
     class_name: np.ndarray  # (N,) str
     is_anomaly: np.ndarray  # (N,) bool
@@ -108,7 +109,13 @@ def threshold_metrics(score: np.ndarray, is_anomaly: np.ndarray, threshold: floa
 def read_fits(run_dir: Path, gan: util.TrainedGAN) -> dict[str, dict]:
     """The latents of validation, test and every other split fitted. Raises InputError unless all are of one search."""
     others = [split for split in ("train", "train_anomalies") if (run_dir / f"latents-{split}.npz").is_file()]
-    latents = {split: util.read_latents(run_dir, split, gan) for split in ("validation", "test", *others)}
+    latents = {}
+    for split in ("validation", "test", *others):
+        try:
+            latents[split] = util.read_latents(run_dir / f"latents-{split}.npz", split, gan)
+        except util.InputError as error:
+            again = f"run fit_latent.py --run-dir {run_dir} --splits {split}, which mends it"
+            raise util.InputError(f"{error}: {again}") from error
     for split in latents:
         if latents[split]["search"] != latents["validation"]["search"]:
             raise util.InputError(
@@ -118,9 +125,9 @@ def read_fits(run_dir: Path, gan: util.TrainedGAN) -> dict[str, dict]:
     return latents
 
 
-def fitted_images(gan: util.TrainedGAN, split: str, latents: dict) -> util.ImageSet:
+def fitted_images(gan: util.TrainedGAN, split: str, latents: dict) -> datasets.ImageSet:
     """The images that these latents belong to. Raises InputError if the data set has changed since."""
-    image_set = util.open_split(gan.dataset, split, gan.normal_class)
+    image_set = datasets.open_split(gan.dataset, split, gan.normal_class)
     position = {index: i for i, index in enumerate(image_set.index)}
     fitted = image_set.take(np.array([position.get(index, 0) for index in latents["index"]]))
     for name in ("index", "label", "source"):
@@ -136,8 +143,9 @@ def fitted_images(gan: util.TrainedGAN, split: str, latents: dict) -> util.Image
 def score_split(gan: util.TrainedGAN, split: str, latents: dict, config: Config) -> ScoredSplit:
     """The scores of a split: A(x), its two parts R and D, and P_D = 1 - P(x is real)."""
     image_set = fitted_images(gan, split, latents)
-    images, _ = util.load_images(image_set, gan.image_size, gan.image_channels)
-    logits = [gan.discriminator(util.to_model(batch, config.device)).cpu() for batch in images.split(config.batch_size)]
+    batches = datasets.chunks(range(len(image_set)), config.batch_size)
+    decoded = datasets.image_batches(image_set, batches, gan.image_size, gan.image_channels)
+    logits = [gan.discriminator(datasets.to_model(images, config.device)).cpu() for images, _ in decoded]
     weight = latents["search"]["discrimination_weight"]
     return ScoredSplit(
         images=image_set,
@@ -159,10 +167,10 @@ def real_and_generated(
     gan: util.TrainedGAN, split: ScoredSplit, rows: np.ndarray, config: Config
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x and G(z) of some rows of a split, each (N, C, H, W) in [0, 1] on the CPU."""
-    images, _ = util.load_images(split.images.take(rows), gan.image_size, gan.image_channels)
+    images, _ = datasets.load_images(split.images.take(rows), gan.image_size, gan.image_channels)
     z = torch.from_numpy(split.z[rows]).to(config.device)
     generated = torch.cat([gan.generator(batch).cpu() for batch in z.split(config.batch_size)])
-    return util.to_display(util.to_model(images)), util.to_display(generated)
+    return datasets.to_display(datasets.to_model(images)), datasets.to_display(generated)
 
 
 def write_scores(path: Path, scored: dict[str, ScoredSplit], threshold: float) -> None:
@@ -216,16 +224,22 @@ def print_table(metrics: dict) -> None:
 
 
 def main(config: Config) -> None:
-    """Score, measure, draw."""
-    started = time.monotonic()
+    """Check what was asked for, then score, measure and draw in the run folder."""
     util.check_at_least(config, 1, "bootstrap", "batch_size")
     util.check_seed(config.seed)
     if not 0 < config.quantile < 1:
         raise util.InputError(f"--quantile must lie between 0 and 1, not {config.quantile}")
     device = util.pick_device(config.device)
     run_dir = util.find_run(config.run_dir)
+    with util.run_folder(run_dir):
+        evaluate(config, run_dir, device)
+
+
+def evaluate(config: Config, run_dir: Path, device: torch.device) -> None:
+    """The scores, figures and pictures of a run folder."""
+    started = time.monotonic()
     gan = util.load_gan(run_dir, device)
-    print(f"run: {run_dir}   normal class: {gan.normal_class}   trained for {gan.epoch} epochs   device: {device}")
+    print(f"run: {run_dir}   normal class: {gan.normal_class}   trained for {gan.epoch:.4g} epochs   device: {device}")
 
     # Score every split that was fitted
     fits = read_fits(run_dir, gan)

@@ -3,15 +3,20 @@
     python fit_latent.py                                      # the run trained last, its validation and test images
     python fit_latent.py --max-images 1000                    # a thousand images of each split, all classes alike
     python fit_latent.py --splits train_anomalies --run-dir outputs/cifar10-automobile
+    torchrun --standalone --nproc-per-node=8 fit_latent.py    # on eight GPUs: each takes its share of the shards
 
-Writes latents-<split>.npz to the run folder: z, residual and discrimination of every image.
+Writes latents-<split>.npz to the run folder: z, residual and discrimination of every image. Until all are found, what
+is done lies in shards in latents-<split>/: however it was stopped, the same command does only what is missing.
 Next: python evaluate.py
 """
 
+import shutil
 import time
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +24,9 @@ import torch
 import tyro
 from torch.nn.functional import adaptive_avg_pool2d
 from torch.optim import Adam
+from tqdm import tqdm
 
+import datasets
 import util
 from network import Discriminator, Generator
 
@@ -34,6 +41,7 @@ class Config:
     discrimination_weight: float = 0.1  # lambda: the loss is (1 - lambda) residual + lambda discrimination
     candidates: int = 4000  # generated images among which a search starts at the nearest; with 1, at the same z for all
     batch_size: int | None = None  # images at once, by default 64 on a CPU and 512 on a GPU; it changes no result
+    shard_size: int = 1024  # images between two writes: what a crash can cost each process
     seed: int = 0  # of the candidates and of the choice of --max-images
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda, cuda:1, cpu, ...
     precision: util.Precision = "auto"  # of the steps; auto: bf16 where the hardware multiplies it faster
@@ -126,10 +134,159 @@ def stratified_subset(label: np.ndarray, count: int, seed: int) -> np.ndarray:
     return np.sort(order[np.argsort(place[order], kind="stable")][:count])
 
 
+def why_redo(
+    path: Path, split: str, gan: util.TrainedGAN, search: dict, images: datasets.ImageSet, skip_unreadable: bool
+) -> str | None:
+    """What keeps a file of latents from being that of these images and settings; None if nothing does."""
+    try:
+        latents = util.read_latents(path, split, gan)
+    except util.InputError as error:
+        return str(error)
+    if latents["search"] != search:
+        return f"{path} was fitted with other settings"
+    if skip_unreadable:  # then those that could not be read lack
+        images = images.take(np.isin(images.index, latents["index"]))
+    if not all(np.array_equal(latents[name], getattr(images, name)) for name in ("index", "label", "source")):
+        return f"{path} holds other images"
+    return None
+
+
+def chosen_images(gan: util.TrainedGAN, split: str, config: Config) -> datasets.ImageSet:
+    """The images of a split, or --max-images of them. Raises InputError if there are none, or of other classes."""
+    images = datasets.open_split(gan.dataset, split, gan.normal_class)
+    if images.classes != gan.classes:
+        raise util.InputError(f"{gan.dataset} has other classes than gan.pt was trained with: train again")
+    if config.max_images is not None:
+        images = images.take(stratified_subset(images.label, config.max_images, config.seed))
+    if len(images) == 0:
+        raise util.InputError(f"the split {split} of {gan.dataset} holds no images: choose other --splits")
+    return images
+
+
+def missing_shards(
+    path: Path,
+    shards: dict[Path, range],
+    split: str,
+    gan: util.TrainedGAN,
+    search: dict,
+    image_set: datasets.ImageSet,
+    skip_unreadable: bool,
+) -> dict[Path, range] | None:
+    """Those of the shards that are still to do, a line for each that must be done again; None if `path` is complete."""
+    if path.exists():
+        reason = why_redo(path, split, gan, search, image_set, skip_unreadable)
+        if reason is None:
+            shutil.rmtree(path.with_suffix(""), ignore_errors=True)  # of a run that was killed before it came to this
+            return None
+        print(f"{reason}: searching again, and replacing it at the end")
+    missing = {}
+    for shard, rows in shards.items():
+        if shard.exists():
+            reason = why_redo(shard, split, gan, search, image_set.take(rows), skip_unreadable)
+            if reason is None:
+                continue
+            print(f"{reason}: searching it again")
+            shard.unlink()
+        missing[shard] = rows
+    path.with_suffix("").mkdir(exist_ok=True)
+    if len(missing) < len(shards):
+        print(f"{split}: {len(shards) - len(missing)} of {len(shards)} shards are done, going on with the others")
+    return missing
+
+
+def fit_shards(
+    shards: dict[Path, range],
+    split: str,
+    image_set: datasets.ImageSet,
+    gan: util.TrainedGAN,
+    candidates: Candidates,
+    search: dict,
+    config: Config,
+) -> None:
+    """Search the images at these positions of the set, and write each shard when it is done.
+
+    Raises InputError for an image that cannot be read, unless they are to be skipped, and for a search that diverges.
+    """
+    device = candidates.z.device
+    # No batch reaches over the end of a shard, so its results do not depend on who did the others
+    batch_size = config.batch_size or (512 if device.type == "cuda" else 64)
+    batches = {path: datasets.chunks(rows, batch_size) for path, rows in shards.items()}
+    size, channels, skip = gan.image_size, gan.image_channels, config.skip_unreadable
+    decode = partial(datasets.image_batches, image_set, list(chain(*batches.values())), size, channels, skip)
+    if not skip:  # a damaged image must not end a search after hours: read them all before the first step
+        for _ in tqdm(decode(), f"reading {split}", leave=False, delay=1, disable=None):
+            pass
+
+    bar = util.progress_bar(
+        sum(map(len, shards.values())),
+        " images",
+        desc=split,
+        bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+    )
+    decoded = decode()
+    for path in shards:
+        found = []
+        for rows, (images, positions) in zip(batches[path], islice(decoded, len(batches[path])), strict=True):
+            if len(images) == 0:
+                continue
+            x = datasets.to_model(images, device).contiguous(memory_format=torch.channels_last)
+            z, residual, discrimination = search_latents(
+                gan.generator,
+                gan.discriminator,
+                x,
+                nearest_candidates(x, candidates),
+                search["steps"],
+                search["lr"],
+                search["discrimination_weight"],
+                search["precision"],
+                after_step=partial(bar.update, len(rows) / search["steps"]),
+            )
+            found.append((z.cpu(), residual.cpu(), discrimination.cpu(), torch.from_numpy(positions)))
+            bar.n = round(bar.n)  # whole images again, after fractions of a batch
+            loss = util.anomaly_score(residual, discrimination, search["discrimination_weight"]).mean()
+            bar.set_postfix_str(f"mean loss {loss:.1f}", refresh=False)
+        if not found:
+            continue
+        z, residual, discrimination, positions = (torch.cat(part).numpy() for part in zip(*found, strict=True))
+        if not all(np.isfinite(values).all() for values in (z, residual, discrimination)):
+            raise util.InputError(f"the search of {split} diverged or gan.pt did: lower --lr, or train again")
+        arrays = {"z": z, "residual": residual, "discrimination": discrimination}
+        arrays |= {name: getattr(image_set, name)[positions] for name in ("label", "index", "source")}
+        util.write_latents(path, split, gan, search, arrays)
+    bar.close()
+
+
+def merge_shards(path: Path, shards: list[Path], split: str, gan: util.TrainedGAN) -> None:
+    """Write the latents of all shards, in this order, to one file that `util.read_latents` reads.
+
+    Never holds more than one shard. Raises InputError if a shard is not what it was when it was written.
+    """
+
+    def pieces(name: str) -> Iterator[np.ndarray]:
+        return (util.read_latents(shard, split, gan)[name] for shard in shards)
+
+    with util.replacing(path) as partial, zipfile.ZipFile(partial, "w") as merged:
+        with np.load(shards[0]) as first:
+            for name in ("split", "gan", "search"):  # the same for every shard
+                with merged.open(f"{name}.npy", "w") as member:
+                    np.lib.format.write_array(member, first[name])
+        for name in util.PER_IMAGE:
+            shapes, kinds = zip(*((piece.shape, piece.dtype) for piece in pieces(name)), strict=True)
+            header = {
+                "shape": (sum(shape[0] for shape in shapes), *shapes[0][1:]),
+                "descr": np.lib.format.dtype_to_descr(np.result_type(*kinds)),  # names are as long as the longest
+                "fortran_order": False,
+            }
+            with merged.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                for piece in pieces(name):
+                    member.write(piece.astype(header["descr"]).tobytes())
+
+
 def main(config: Config) -> None:
     """Search, and write latents-<split>.npz of every split asked for."""
     started = time.monotonic()
-    util.check_at_least(config, 1, "steps", "candidates")
+    util.check_at_least(config, 1, "steps", "candidates", "shard_size")
     util.check_at_least(config, 0, "lr", "discrimination_weight")
     util.check_seed(config.seed)
     for name in ("max_images", "batch_size"):
@@ -138,86 +295,66 @@ def main(config: Config) -> None:
     if config.discrimination_weight > 1:
         raise util.InputError(f"--discrimination-weight must be at most 1, not {config.discrimination_weight}")
     if not config.splits:
-        raise util.InputError(f"--splits names no split: choose from {', '.join(util.SPLITS)}")
-    if unknown := set(config.splits) - set(util.SPLITS):
-        raise util.InputError(f"unknown split {min(unknown)!r}: choose --splits from {', '.join(util.SPLITS)}")
+        raise util.InputError(f"--splits names no split: choose from {', '.join(datasets.SPLITS)}")
+    if unknown := set(config.splits) - set(datasets.SPLITS):
+        raise util.InputError(f"unknown split {min(unknown)!r}: choose --splits from {', '.join(datasets.SPLITS)}")
     device = util.pick_device(config.device)
     precision = util.pick_precision(config.precision, device)
-    batch_size = config.batch_size or (512 if device.type == "cuda" else 64)
     run_dir = util.find_run(config.run_dir)
-    gan = util.load_gan(run_dir, device)
-    print(f"run: {run_dir}   normal class: {gan.normal_class}   epochs: {gan.epoch}   device: {device}, {precision}")
-
     search = {name: getattr(config, name) for name in ("steps", "lr", "discrimination_weight", "candidates", "seed")}
     search["precision"] = precision
-    candidates = draw_candidates(gan.generator, gan.latent_dim, config.candidates, config.seed)
-    fitted = {}
-    for split in config.splits:
-        image_set = util.open_split(gan.dataset, split, gan.normal_class)
-        if image_set.classes != gan.classes:
-            raise util.InputError(
-                f"{gan.dataset} has other classes than {run_dir / 'gan.pt'} was trained with: train again"
-            )
-        if config.max_images is not None:
-            image_set = image_set.take(stratified_subset(image_set.label, config.max_images, config.seed))
-        if len(image_set) == 0:
-            raise util.InputError(f"the split {split} of {gan.dataset} holds no images: choose other --splits")
-
-        def batches(image_set: util.ImageSet) -> list[util.ImageSet]:
-            return [image_set.take(slice(i, i + batch_size)) for i in range(0, len(image_set), batch_size)]
-
-        # Read every image once before the first step: a damaged file must not end a search after hours
-        size, channels = gan.image_size, gan.image_channels
-        readable = [util.load_images(part, size, channels, config.skip_unreadable)[1] for part in batches(image_set)]
-        skipped = len(image_set) - sum(map(len, readable))
-        if skipped == len(image_set):
-            raise util.InputError(f"none of the {skipped} images of the split {split} can be read")
-        if skipped:
-            print(f"skipped {skipped} of {len(image_set)} images, which cannot be read")
-            image_set = image_set.take(np.isin(image_set.index, np.concatenate([part.index for part in readable])))
-
-        # Batch by batch: read, start, search, keep
-        bar = util.progress_bar(
-            len(image_set),
-            " images",
-            desc=split,
-            bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+    with util.processes(device) as (rank, processes), util.run_folder(run_dir):
+        gan = util.load_gan(run_dir, device)
+        print(
+            f"run: {run_dir}   normal class: {gan.normal_class}   epochs: {gan.epoch:.4g}   "
+            f"device: {device}, {precision}   processes: {processes}"
         )
-        found, loss_sum = [], 0.0
-        for batch in batches(image_set):
-            images, _ = util.load_images(batch, size, channels)
-            x = util.to_model(images, device).contiguous(memory_format=torch.channels_last)
-            z, residual, discrimination = search_latents(
-                gan.generator,
-                gan.discriminator,
-                x,
-                nearest_candidates(x, candidates),
-                config.steps,
-                config.lr,
-                config.discrimination_weight,
-                precision,
-                after_step=partial(bar.update, len(batch) / config.steps),
-            )
-            found.append((z.cpu(), residual.cpu(), discrimination.cpu()))
-            loss_sum += util.anomaly_score(residual, discrimination, config.discrimination_weight).sum().item()
-            bar.n = round(bar.n)  # whole images again, after fractions of a batch
-            bar.set_postfix_str(f"mean loss {loss_sum / bar.n:.1f}", refresh=bar.n == len(image_set))
-        bar.close()
-        z, residual, discrimination = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
-        if not (np.isfinite(z).all() and np.isfinite(residual).all() and np.isfinite(discrimination).all()):
-            raise util.InputError(
-                f"the search of {split} diverged or {run_dir / 'gan.pt'} did: lower --lr, or train again"
-            )
-        util.write_latents(
-            run_dir, split, gan, image_set, search, z=z, residual=residual, discrimination=discrimination
-        )
-        fitted[split] = {"images": len(z), "mean_loss": loss_sum / len(z)}
+        candidates = draw_candidates(gan.generator, gan.latent_dim, config.candidates, config.seed)
+        fitted = {}
+        for split in config.splits:
+            path, folder = run_dir / f"latents-{split}.npz", run_dir / f"latents-{split}"
+            image_set = chosen_images(gan, split, config)
+            rows = datasets.chunks(range(len(image_set)), config.shard_size)
+            shards = {folder / f"{i:06d}.npz": part for i, part in enumerate(rows)}
 
-    util.record_run(
-        run_dir, "fit_latent", config, device, time.monotonic() - started, precision=precision, fitted=fitted
-    )
-    print(f"wrote {run_dir}/: {' '.join(f'latents-{split}.npz' for split in config.splits)} run.json")
-    print(f"next: python evaluate.py --run-dir {run_dir}")
+            # Rank 0 says what is missing, and every process takes its share
+            missing: dict[Path, range] | None = None
+            if rank == 0:
+                missing = missing_shards(path, shards, split, gan, search, image_set, config.skip_unreadable)
+            missing = util.from_rank_0(missing)
+            if missing is None:
+                print(f"{path} is complete: nothing to search")
+                continue
+            mine = dict(list(missing.items())[rank::processes])
+            fit_shards(mine, split, image_set, gan, candidates, search, config)
+            util.wait_for_all()
+
+            # Rank 0 makes one file of the shards
+            if rank == 0:
+                done = [shard for shard in shards if shard.exists()]
+                if not done:
+                    raise util.InputError(f"none of the {len(image_set)} images of the split {split} can be read")
+                merge_shards(path, done, split, gan)
+                parts = (util.read_latents(shard, split, gan) for shard in done)
+                losses = np.concatenate(
+                    [
+                        util.anomaly_score(part["residual"], part["discrimination"], search["discrimination_weight"])
+                        for part in parts
+                    ]
+                )
+                shutil.rmtree(folder)
+                if skipped := len(image_set) - len(losses):
+                    print(f"skipped {skipped} of {len(image_set)} images, which cannot be read")
+                print(f"{split}: {len(losses)} images, mean loss {losses.mean():.1f}")
+                searched = sum(map(len, missing.values()))
+                fitted[split] = {"images": len(losses), "searched": searched, "mean_loss": float(losses.mean())}
+        if rank == 0 and fitted:
+            seconds = time.monotonic() - started
+            util.record_run(
+                run_dir, "fit_latent", config, device, seconds, precision=precision, processes=processes, fitted=fitted
+            )
+            print(f"wrote {run_dir}/: {' '.join(f'latents-{split}.npz' for split in fitted)} run.json")
+        print(f"next: python evaluate.py --run-dir {run_dir}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""The pictures that evaluate.py leaves: ROC curves, histograms, AUC by class, difference maps, ranking."""
+"""The pictures of a run: losses and samples of its training; ROC curves, histograms, difference maps of its scores."""
 
+import io
 from pathlib import Path
 
 import matplotlib
@@ -8,7 +9,10 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 from sklearn.metrics import roc_curve
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
 import util
 
@@ -28,6 +32,55 @@ def save(figure: Figure, path: Path) -> None:
     with util.replacing(path) as partial:
         figure.savefig(partial, dpi=120)
     plt.close(figure)
+
+
+def losses(path: Path, values: np.ndarray, steps_per_epoch: int) -> None:
+    """D loss and G loss, and P(real) and P(fake), the columns of values (steps, 4), against the epoch."""
+    window = max(1, len(values) // 200)  # averaged to about 200 points, or the noise hides the trend
+    means = values[: len(values) // window * window].reshape(-1, window, 4).mean(1)
+    epochs = (np.arange(len(means)) + 0.5) * window / steps_per_epoch
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    left.plot(epochs, means[:, 0], label="D loss")
+    left.plot(epochs, means[:, 1], label="G loss")
+    left.set(xlabel="epoch", ylabel="loss", title="Losses")
+    right.plot(epochs, means[:, 2], label="P(real): D on real images")
+    right.plot(epochs, means[:, 3], label="P(fake): D on generated images")
+    right.set(xlabel="epoch", ylabel="probability of being real", ylim=(0, 1), title="What D believes")
+    for axes in (left, right):
+        axes.legend()
+        axes.grid(alpha=0.3)
+    save(figure, path)
+
+
+def grid(images: torch.Tensor) -> Image.Image:
+    """Images (N, C, H, W) in [0, 1] as one picture, eight in a row."""
+    return to_pil_image(make_grid(images.cpu(), nrow=8, padding=1))
+
+
+def samples(path: Path, real: Image.Image, generated: Image.Image, title: str) -> None:
+    """A grid of real images beside one of generated ones."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 6), layout="constrained")
+    for axes, picture, name in zip(panels, (real, generated), ("real", "generated"), strict=True):
+        axes.imshow(picture)
+        axes.set_title(name)
+        axes.axis("off")
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def to_png(picture: Image.Image) -> bytes:
+    """A picture in 64 colours as the bytes of a PNG file: a frame of a film, as gan.pt can hold it."""
+    content = io.BytesIO()
+    picture.quantize(64).save(content, "PNG")
+    return content.getvalue()
+
+
+def film(path: Path, frames: list[bytes]) -> None:
+    """PNG pictures one after the other, in about six seconds, as a GIF."""
+    pictures = [Image.open(io.BytesIO(frame)) for frame in frames]
+    duration = max(50, 6000 // len(pictures))  # milliseconds a frame
+    with util.replacing(path) as partial:
+        pictures[0].save(partial, save_all=True, append_images=pictures[1:], duration=duration, loop=0)
 
 
 def roc_curves(path: Path, scores: dict[str, np.ndarray], is_anomaly: np.ndarray, metrics: dict, title: str) -> None:

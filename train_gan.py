@@ -3,35 +3,42 @@
     python train_gan.py                                     # CIFAR-10, automobile is normal
     python train_gan.py --dataset digits --image-size 32    # no download
     python train_gan.py --dataset DIR --normal-class good   # your own pictures: DIR/train/good/, DIR/test/good/, ...
+    torchrun --standalone --nproc-per-node=8 train_gan.py   # on eight GPUs
 
 Writes gan.pt, losses.csv, losses.png, samples.png, samples.gif and run.json to outputs/<data set>-<normal class>/.
-Next: python fit_latent.py
+However it was stopped, the same command goes on from the last gan.pt, to the same weights. Next: python fit_latent.py
 """
 
 import csv
+import hashlib
 import io
+import re
+import signal
+import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import tyro
 from PIL import Image
+from torch.nn import SyncBatchNorm
 from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
+import datasets
+import plots
 import util
 from network import Discriminator, Generator, channel_multipliers, initialise_weights
 
-matplotlib.use("Agg")  # files, not windows: a server has no screen
-import matplotlib.pyplot as plt
+ORDER, NOISE, FIXED_Z = range(3)  # kinds of random draws, each with seeds of its own
 
 
 @dataclass
@@ -43,11 +50,14 @@ class Config:
     ngf: int = 64  # width of the generator's last hidden layer
     ndf: int = 64  # width of the discriminator's first hidden layer
     epochs: int = 100  # passes over the training images
-    batch_size: int = 64  # images a step
+    batch_size: int = 64  # images a step, in each process
     generator_steps: int = 3  # G steps after each D step; at 32x32 with ngf 32, 1 drew better images
     lr: float = 2e-4  # Adam's step size, for G and D
     weight_decay: float = 1e-5  # Adam's pull of the weights towards 0
-    save_every: int = 10  # epochs between two writes of gan.pt, losses and samples
+    checkpoint_every: str = "10m"  # minutes (10m) or steps (500) between two writes of gan.pt, losses and samples
+    fresh: bool = False  # start over, and replace what run_dir holds, instead of going on from there
+    sync_batchnorm: bool = False  # torchrun on GPUs: statistics over the batches of all; each alone is faster, and
+    # sees batch_size images as one process does
     seed: int = 0  # of the first weights, the order of the images and the latents
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda, cuda:1, cpu, ...
     precision: util.Precision = "auto"  # of the convolutions; auto: bf16 where the hardware multiplies it faster
@@ -81,19 +91,41 @@ def prepare(
     return optimizer, CosineAnnealingWarmRestarts(optimizer, T_0=15, T_mult=2)
 
 
-def shuffled_batches(images: torch.Tensor, batch_size: int) -> Iterator[torch.Tensor]:
-    """One epoch: uint8 (N, C, H, W) in a random order, as batches (batch_size, C, H, W) in [-1, 1] on their device.
+def share_gradients(network: Generator | Discriminator, device: torch.device) -> DistributedDataParallel:
+    """The network with the mean of all processes' gradients after each backward pass."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch have another name for the flag
+        return DistributedDataParallel(
+            network,
+            device_ids=[device] if device.type == "cuda" else None,
+            # BatchNorm's stored statistics serve the search, for which those of rank 0 will do
+            broadcast_buffers=False,
+        )
 
-    The last, smaller batch is left out: BatchNorm would see too few.
+
+def real_batches(
+    images: torch.Tensor, batch_size: int, seed: int, first_step: int = 0, rank: int = 0, processes: int = 1
+) -> Iterator[torch.Tensor]:
+    """The batches (batch_size, C, H, W) in [-1, 1] that training sees from `first_step` on, without end.
+
+    uint8 images (N, C, H, W) are shuffled anew for each epoch, by seed and epoch alone, and shared out among the
+    processes. What is left at the end of an epoch is left out: BatchNorm would see too few.
     """
-    order = torch.randperm(len(images)).to(images.device)
-    for rows in order[: len(images) // batch_size * batch_size].split(batch_size):
-        yield util.to_model(images[rows]).contiguous(memory_format=torch.channels_last)
+    together = batch_size * processes
+    order_of = None
+    for step in count(first_step):
+        epoch, i = divmod(step, len(images) // together)
+        if epoch != order_of:
+            random = torch.Generator().manual_seed(util.seed_of(seed, ORDER, epoch))
+            order, order_of = torch.randperm(len(images), generator=random).to(images.device), epoch
+        first = i * together + rank * batch_size
+        real = images[order[first : first + batch_size]]
+        yield datasets.to_model(real).contiguous(memory_format=torch.channels_last)
 
 
 def train_step(
-    generator: Generator,
-    discriminator: Discriminator,
+    generator: Generator | DistributedDataParallel,
+    discriminator: Discriminator | DistributedDataParallel,
     optimizer_g: Adam,
     optimizer_d: Adam,
     real: torch.Tensor,
@@ -102,8 +134,10 @@ def train_step(
 ) -> torch.Tensor:
     """One step of D on real (N, C, H, W) and generated images, then `generator_steps` steps of G against that D.
 
-    Returns D's loss, G's last loss, P(real) and P(fake) as (4,), on the device: nothing here waits for a GPU.
+    Returns D's loss, G's last loss, P(real) and P(fake) as (4,), on the device: nothing here waits for a GPU. G and D
+    may be wrapped in DistributedDataParallel, which averages the gradients of their own steps over the processes.
     """
+    judge = getattr(discriminator, "module", discriminator)  # D in G's steps, where it has no gradients to average
 
     def generate() -> torch.Tensor:
         return generator(torch.randn(len(real), config.latent_dim, device=real.device))
@@ -122,7 +156,7 @@ def train_step(
         with autocast:
             if step > 0:  # the first step takes the images that D has just seen
                 fake = generate()
-            loss_g = generator_loss(discriminator(fake).to(real.dtype))
+            loss_g = generator_loss(judge(fake).to(real.dtype))
         optimizer_g.zero_grad()
         loss_g.backward()
         optimizer_g.step()
@@ -130,94 +164,224 @@ def train_step(
     return torch.stack([loss_d, loss_g, real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()]).detach()
 
 
+def checkpoint_interval(text: str) -> tuple[float, float]:
+    """Seconds and steps between two checkpoints, one of them infinite: "10m" is 600 seconds, "500" is 500 steps.
+
+    Raises InputError if the text is neither.
+    """
+    if re.fullmatch(r"[1-9]\d*", text):
+        return float("inf"), int(text)
+    if re.fullmatch(r"\d+(\.\d+)?m", text) and float(text[:-1]) > 0:
+        return 60 * float(text[:-1]), float("inf")
+    raise util.InputError(f"--checkpoint-every must be minutes such as 10m, or steps such as 500, not {text!r}")
+
+
 def main(config: Config) -> None:
-    """Train, and write the run folder."""
-    started = time.monotonic()
-    util.check_at_least(config, 1, "latent_dim", "ngf", "ndf", "epochs", "batch_size", "generator_steps", "save_every")
+    """Check what was asked for, read the images, and train in the run folder."""
+    util.check_at_least(config, 1, "latent_dim", "ngf", "ndf", "epochs", "batch_size", "generator_steps")
     util.check_at_least(config, 0, "lr", "weight_decay")
     util.check_seed(config.seed)
+    checkpoint_interval(config.checkpoint_every)
     try:
         channel_multipliers(config.image_size)
     except ValueError as error:
         raise util.InputError(f"--image-size: {error}") from error
     device = util.pick_device(config.device)
+    if config.sync_batchnorm and device.type != "cuda":
+        raise util.InputError("--sync-batchnorm works on GPUs only: leave it out")
+    with util.processes(device) as (rank, processes):
+        normal = datasets.open_split(config.dataset, "train", config.normal_class)
+        images = load_normal_images(normal, config)
+        if len(images) < processes:
+            raise util.InputError(f"{len(images)} training images are too few for {processes} processes: start fewer")
+        run_dir = config.run_dir or Path("outputs") / f"{normal.name}-{normal.classes[normal.label[0]]}"
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with util.run_folder(run_dir):
+            train(config, normal, images, run_dir, device, rank, processes)
+
+
+def train(
+    config: Config,
+    normal: datasets.ImageSet,
+    images: torch.Tensor,
+    run_dir: Path,
+    device: torch.device,
+    rank: int,
+    processes: int,
+) -> None:
+    """From the last checkpoint, or the first step, to the last step: uint8 images (N, C, H, W) to a run folder."""
+    started = time.monotonic()
+    normal_class = normal.classes[normal.label[0]]
+    channels = images.shape[1]
     precision = util.pick_precision(config.precision, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    torch.manual_seed(config.seed)
-
-    # Networks
-    normal = util.open_split(config.dataset, "train", config.normal_class)
-    normal_class = normal.classes[normal.label[0]]
-    images = load_normal_images(normal, config).to(device)  # uint8 (N, C, H, W), held on the device
-    channels = images.shape[1]
-    generator = Generator(config.image_size, channels, config.latent_dim, config.ngf).apply(initialise_weights)
-    discriminator = Discriminator(config.image_size, channels, config.ndf).apply(initialise_weights)
-    optimizer_g, scheduler_g = prepare(generator, config, device)
-    optimizer_d, scheduler_d = prepare(discriminator, config, device)
-
-    run_dir = config.run_dir or Path("outputs") / f"{normal.name}-{normal_class}"
-    run_dir.mkdir(parents=True, exist_ok=True)
-    batch_size = min(config.batch_size, len(images))
-    steps_per_epoch = len(images) // batch_size
-    if (run_dir / "gan.pt").exists():
-        print(
-            f"this training will replace {run_dir / 'gan.pt'}: latents and scores of the old one no longer belong to it"
-        )
+    batch_size = min(config.batch_size, len(images) // processes)
+    steps_per_epoch = len(images) // (batch_size * processes)
+    steps = config.epochs * steps_per_epoch
+    checkpoint_seconds, checkpoint_steps = checkpoint_interval(config.checkpoint_every)
+    settings = weight_settings(config, normal_class, precision, processes, images)
+    images = images.to(device)
     print(f"run: {run_dir}   normal class: {normal_class} ({len(images)} images)   device: {device}, {precision}")
 
-    # Training
-    history: list[list[float]] = []  # D loss, G loss, P(real), P(fake) of every step
-    frames: list[Image.Image] = []  # G of the same 64 latents as training goes on
-    fixed_z = torch.randn(64, config.latent_dim, device=device)
-    bar = util.progress_bar(config.epochs * steps_per_epoch, " steps")
-    for epoch in range(config.epochs):
-        recent = []  # stays on the device: reading it would wait for the GPU at every step
-        for i, real in enumerate(shuffled_batches(images, batch_size)):
-            recent.append(train_step(generator, discriminator, optimizer_g, optimizer_d, real, config, autocast))
-            scheduler_d.step(epoch + i / steps_per_epoch)
-            scheduler_g.step(epoch + i / steps_per_epoch)
-            if bar.update():  # the bar redraws ten times a second at most
-                show(bar, epoch, recent[-1].tolist())
+    # Networks
+    torch.manual_seed(config.seed)
+    generator = Generator(config.image_size, channels, config.latent_dim, config.ngf).apply(initialise_weights)
+    discriminator = Discriminator(config.image_size, channels, config.ndf).apply(initialise_weights)
+    if config.sync_batchnorm:
+        generator, discriminator = map(SyncBatchNorm.convert_sync_batchnorm, (generator, discriminator))
+    optimizer_g, scheduler_g = prepare(generator, config, device)
+    optimizer_d, scheduler_d = prepare(discriminator, config, device)
+    parts = {
+        "generator": generator,
+        "discriminator": discriminator,
+        "optimizer_g": optimizer_g,
+        "optimizer_d": optimizer_d,
+        "scheduler_g": scheduler_g,
+        "scheduler_d": scheduler_d,
+    }
+    random = torch.Generator().manual_seed(util.seed_of(config.seed, FIXED_Z))
+    fixed_z = torch.randn(64, config.latent_dim, generator=random).to(device)
 
-        history += torch.stack(recent).tolist()
-        if not np.isfinite(history[-steps_per_epoch:]).all():
-            raise util.InputError(f"the training diverged in epoch {epoch + 1} (a loss is not finite): lower --lr")
-        show(bar, epoch, history[-1])
-        is_last = epoch + 1 == config.epochs
-        if epoch % (config.epochs // 50 + 1) == 0 or is_last:  # 50 frames at most, or the GIF grows too large
-            frames.append(draw_samples(generator, fixed_z))
-        if (epoch + 1) % config.save_every == 0 or is_last:
-            state = {
-                "config": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(config).items()},
-                "classes": normal.classes,
-                "normal_class": normal_class,
-                "image_channels": channels,
-                "epoch": epoch + 1,
-                "generator": generator.state_dict(),
-                "discriminator": discriminator.state_dict(),
-                "optimizer_g": optimizer_g.state_dict(),
-                "optimizer_d": optimizer_d.state_dict(),
-                "scheduler_g": scheduler_g.state_dict(),
-                "scheduler_d": scheduler_d.state_dict(),
-                "rng": torch.get_rng_state(),
-                "rng_cuda": torch.cuda.get_rng_state_all() if device.type == "cuda" else [],
-            }
-            content = io.BytesIO()  # torch.save to a path reports a full disk as something else than an OSError
-            torch.save(state, content)
-            with util.replacing(run_dir / "gan.pt") as partial:
-                partial.write_bytes(content.getbuffer())
-            write_losses(run_dir, history, steps_per_epoch)
-            write_samples(run_dir, images[:64], frames, f"{run_dir.name}, epoch {epoch + 1}")
+    # Go on from the last checkpoint
+    path = run_dir / "gan.pt"
+    step, seconds_before = 0, 0.0
+    history: list[torch.Tensor] = []  # blocks (steps, 4): D loss, G loss, P(real) and P(fake) of every step
+    frames: list[bytes] = []  # PNG files: G of the same 64 latents as training goes on
+    if path.exists() and config.fresh:
+        print(f"starting over: this replaces {path}, and latents and scores that belong to it no longer will")
+    elif path.exists():
+        with util.reading_gan(run_dir) as (state, _):
+            step, seconds_before, history, frames = state["step"], state["seconds"], [state["history"]], state["frames"]
+            check_same_settings(path, state["config"], settings)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        print(f"{path} holds {step} steps ({step / steps_per_epoch:.4g} epochs): ", end="")
+        print("nothing left to train; --fresh starts over" if step >= steps else f"going on to {steps}")
+    if processes > 1:
+        generator, discriminator = (share_gradients(network, device) for network in (generator, discriminator))
+
+    def save() -> None:
+        """Write the checkpoint; run.json comes first, so that it is there whenever gan.pt is."""
+        networks = parts["generator"], parts["discriminator"]
+        if not all(tensor.isfinite().all() for network in networks for tensor in network.state_dict().values()):
+            raise diverged("a weight", step)
+        seconds = seconds_before + time.monotonic() - started
+        util.record_run(run_dir, "train_gan", config, device, seconds, **settings, steps=step)
+        state = {
+            "config": settings,
+            "classes": normal.classes,
+            "normal_class": normal_class,
+            "image_channels": channels,
+            "epoch": step / steps_per_epoch,
+            "step": step,
+            "seconds": seconds,
+            "history": torch.cat(history),
+            "frames": frames,
+            **{name: part.state_dict() for name, part in parts.items()},
+        }
+        content = io.BytesIO()  # torch.save to a path reports a full disk as something else than an OSError
+        torch.save(state, content)
+        with util.replacing(path) as partial:
+            partial.write_bytes(content.getbuffer())
+
+    def draw() -> None:
+        """Write the losses and the samples."""
+        values = torch.cat(history).numpy()
+        write_losses(run_dir / "losses.csv", values, steps_per_epoch)
+        plots.losses(run_dir / "losses.png", values, steps_per_epoch)
+        real, generated = plots.grid(images[:64] / 255), draw_samples(parts["generator"], fixed_z)
+        plots.samples(run_dir / "samples.png", real, generated, f"{run_dir.name}, epoch {step / steps_per_epoch:.4g}")
+        if frames:  # the first one comes with the first whole epoch
+            plots.film(run_dir / "samples.gif", frames)
+
+    def diverged(what: str, at_step: int) -> util.InputError:
+        kept = f"{path} keeps step {saved}" if saved else "nothing was written"
+        return util.InputError(
+            f"the training diverged at step {at_step} ({what} is not finite): lower --lr and use --fresh; {kept}"
+        )
+
+    # Training
+    saved, saved_at = step, time.monotonic()
+    recent: list[torch.Tensor] = []  # rows of the history, still on the device: reading them waits for the GPU
+    real = real_batches(images, batch_size, config.seed, step, rank, processes)
+    bar = util.progress_bar(steps, " steps", initial=step)
+    with util.noted_signals() as signals:
+        while step < steps:
+            # What a step draws depends on seed, step and rank alone, so a checkpoint need not hold a generator's state
+            torch.manual_seed(util.seed_of(config.seed, NOISE, step, rank))
+            recent.append(train_step(generator, discriminator, optimizer_g, optimizer_d, next(real), config, autocast))
+            scheduler_d.step(step / steps_per_epoch)
+            scheduler_g.step(step / steps_per_epoch)
+            step += 1
+
+            epoch, is_over = step // steps_per_epoch, step % steps_per_epoch == 0
+            must_stop = util.any_process(bool(signals))
+            must_save = (
+                step - saved >= checkpoint_steps
+                or time.monotonic() - saved_at >= checkpoint_seconds
+                or must_stop
+                or step == steps
+            )
+            if bar.update() or is_over or must_save:  # the bar redraws ten times a second at most
+                rows = torch.stack(recent).cpu()
+                recent.clear()
+                if not rows.isfinite().all():
+                    first = (~rows.isfinite()).any(1).nonzero()[0].item()
+                    raise diverged("a loss", step - len(rows) + first + 1)
+                history.append(rows)
+                show(bar, step / steps_per_epoch, rows[-1].tolist())
+            # 50 frames at most, or the GIF grows too large
+            if is_over and ((epoch - 1) % (config.epochs // 50 + 1) == 0 or step == steps):
+                frames.append(plots.to_png(draw_samples(parts["generator"], fixed_z)))
+            if must_save and rank == 0:
+                save()
+                if step < steps:
+                    draw()
+            if must_save:
+                saved, saved_at = step, time.monotonic()
+            if must_stop:
+                bar.close()
+                again = "the same command" + (" without --fresh" if config.fresh else "")
+                print(f"stopped after step {step} of {steps}, which {path} holds: {again} goes on from there")
+                sys.exit(128 + (signals or [signal.SIGTERM])[0])
     bar.close()
-    facts = {"training_images": len(images), "precision": precision}
-    util.record_run(run_dir, "train_gan", config, device, time.monotonic() - started, **facts)
+    if rank == 0:
+        draw()  # with nothing left to train too: the last start may have been killed before it came here
     print(f"wrote {run_dir}/: gan.pt losses.csv losses.png samples.png samples.gif run.json")
     print(f"next: python fit_latent.py --run-dir {run_dir}")
 
 
-def load_normal_images(normal: util.ImageSet, config: Config) -> torch.Tensor:
+def weight_settings(
+    config: Config, normal_class: str, precision: str, processes: int, images: torch.Tensor
+) -> dict[str, object]:
+    """All that decides what the weights become; uint8 images (N, C, H, W) on the CPU by their number and checksum."""
+    elsewhere = ("device", "compile", "checkpoint_every", "fresh", "run_dir", "skip_unreadable")
+    checksum = hashlib.sha256(images.numpy()).hexdigest()[:16]
+    return {name: value for name, value in asdict(config).items() if name not in elsewhere} | {
+        "normal_class": normal_class,
+        "precision": precision,
+        "processes": processes,
+        "training_images": f"{len(images)} with checksum {checksum}",
+    }
+
+
+def check_same_settings(path: Path, before: dict[str, object], now: dict[str, object]) -> None:
+    """Raise InputError, naming the fields, if a checkpoint has other settings; more epochs, or fewer, are fine."""
+    differing = [
+        f"{name} {before.get(name)}, not {now.get(name)}"
+        for name in sorted({*before, *now} - {"epochs"})
+        if before.get(name) != now.get(name)
+    ]
+    if differing:
+        raise util.InputError(
+            f"{path} was trained with {'; '.join(differing)}: go on with its settings, start over with --fresh, "
+            "or name another run with --run-dir"
+        )
+
+
+def load_normal_images(normal: datasets.ImageSet, config: Config) -> torch.Tensor:
     """The training images as uint8 (N, 1 or 3, H, W): one channel if every one of them is grey."""
-    images, _ = util.load_images(normal, config.image_size, 3, config.skip_unreadable)
+    images, _ = datasets.load_images(normal, config.image_size, 3, config.skip_unreadable)
     if len(images) == 0:
         raise util.InputError(f"none of the {len(normal)} training images can be read")
     if skipped := len(normal) - len(images):
@@ -226,10 +390,10 @@ def load_normal_images(normal: util.ImageSet, config: Config) -> torch.Tensor:
     return images[:, :1].contiguous() if is_grey else images
 
 
-def show(bar: tqdm, epoch: int, row: list[float]) -> None:
+def show(bar: tqdm, epoch: float, row: list[float]) -> None:
     """Put the newest row of the history beside the bar."""
     loss_d, loss_g, p_real, p_fake = row
-    bar.set_description(f"epoch {epoch + 1}", refresh=False)
+    bar.set_description(f"epoch {epoch:.1f}", refresh=False)
     bar.set_postfix_str(
         f"D loss {loss_d:.3f}, G loss {loss_g:.3f}, P(real) {p_real:.2f}, P(fake) {p_fake:.2f}", refresh=False
     )
@@ -237,62 +401,19 @@ def show(bar: tqdm, epoch: int, row: list[float]) -> None:
 
 @torch.no_grad()
 def draw_samples(generator: Generator, z: torch.Tensor) -> Image.Image:
-    """A grid of G(z), eight in a row, from G as the search uses it: in eval mode."""
+    """A grid of G(z), from G as the search uses it: in eval mode."""
     images = generator.eval()(z)
     generator.train()
-    return draw_grid(util.to_display(images))
+    return plots.grid(datasets.to_display(images))
 
 
-def draw_grid(images: torch.Tensor) -> Image.Image:
-    """Images (N, C, H, W) in [0, 1] as one picture, eight in a row."""
-    return to_pil_image(make_grid(images.cpu(), nrow=8, padding=1))
-
-
-def write_losses(run_dir: Path, history: list[list[float]], steps_per_epoch: int) -> None:
-    """losses.csv, a row a step, and losses.png."""
-    names = ["loss_d", "loss_g", "p_real", "p_fake"]
-    with util.replacing(run_dir / "losses.csv") as partial, partial.open("w", newline="") as file:
+def write_losses(path: Path, values: np.ndarray, steps_per_epoch: int) -> None:
+    """losses.csv, a row a step; values (steps, 4) are D loss, G loss, P(real) and P(fake)."""
+    with util.replacing(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["step", "epoch", *names])
-        for step, row in enumerate(history):
+        writer.writerow(["step", "epoch", "loss_d", "loss_g", "p_real", "p_fake"])
+        for step, row in enumerate(values):
             writer.writerow([step, step // steps_per_epoch, *(f"{value:.6g}" for value in row)])
-
-    values = np.array(history)  # (steps, 4)
-    window = max(1, len(values) // 200)  # averaged to about 200 points, or the noise hides the trend
-    means = values[: len(values) // window * window].reshape(-1, window, 4).mean(1)
-    epochs = (np.arange(len(means)) + 0.5) * window / steps_per_epoch
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    left.plot(epochs, means[:, 0], label="D loss")
-    left.plot(epochs, means[:, 1], label="G loss")
-    left.set(xlabel="epoch", ylabel="loss", title="Losses")
-    right.plot(epochs, means[:, 2], label="P(real): D on real images")
-    right.plot(epochs, means[:, 3], label="P(fake): D on generated images")
-    right.set(xlabel="epoch", ylabel="probability of being real", ylim=(0, 1), title="What D believes")
-    for axes in (left, right):
-        axes.legend()
-        axes.grid(alpha=0.3)
-    with util.replacing(run_dir / "losses.png") as partial:
-        figure.savefig(partial, dpi=120)
-    plt.close(figure)
-
-
-def write_samples(run_dir: Path, real: torch.Tensor, frames: list[Image.Image], title: str) -> None:
-    """samples.png, real images beside generated ones, and samples.gif, how the same latents changed over the epochs."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 6), layout="constrained")
-    left.imshow(draw_grid(util.to_display(util.to_model(real))))
-    left.set_title("real")
-    right.imshow(frames[-1])
-    right.set_title("generated")
-    for axes in (left, right):
-        axes.axis("off")
-    figure.suptitle(title)
-    with util.replacing(run_dir / "samples.png") as partial:
-        figure.savefig(partial, dpi=120)
-    plt.close(figure)
-    with util.replacing(run_dir / "samples.gif") as partial:
-        frames = [frame.quantize(64) for frame in frames]  # fewer colours, a smaller file
-        duration = max(50, 6000 // len(frames))  # milliseconds a frame: about six seconds in all
-        frames[0].save(partial, save_all=True, append_images=frames[1:], duration=duration, loop=0)
 
 
 if __name__ == "__main__":

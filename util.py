@@ -1,4 +1,4 @@
-"""What two or more scripts share: images in (data sets and their four splits), the losses, run files out."""
+"""What two or more scripts share: errors, devices and processes, the losses, run files out and checked back in."""
 
 import contextlib
 import dataclasses
@@ -7,26 +7,28 @@ import io
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageOps
-from torchvision.datasets.folder import make_dataset
-from torchvision.transforms import CenterCrop, Compose, Resize
-from torchvision.transforms.functional import pil_to_tensor
+from filelock import FileLock, Timeout
+from torch import distributed
 from tqdm import tqdm
 
 from network import Discriminator, Generator, fold_batchnorm
 
-SPLITS = ("train", "validation", "test", "train_anomalies")
 Precision = Literal["auto", "bf16", "fp32"]
+PARTIAL = ".partial-"  # how the names of half-written files begin
+PER_IMAGE = ("z", "residual", "discrimination", "label", "index", "source")  # arrays of latents-<split>.npz
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
@@ -38,11 +40,14 @@ class InputError(Exception):
 
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
-    """End the process with one line on stderr and exit code 1 on bad input or file-system trouble (disk full, ...)."""
+    """End the process with one line on stderr: exit code 1 on bad input or file-system trouble, 130 on Ctrl-C."""
     try:
         yield
     except (InputError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C: every file is whole, and the same command goes on from there", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def check_at_least(config: Any, minimum: float, *names: str) -> None:
@@ -60,7 +65,12 @@ def check_seed(seed: int) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name (cpu, cuda, cuda:1, ...). Raises InputError if it is not there."""
+    """The device of that name (cpu, cuda, cuda:1, ...); `cuda` under torchrun is the GPU that belongs to this process.
+
+    Raises InputError if it is not there.
+    """
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -85,208 +95,78 @@ def pick_precision(name: Precision, device: torch.device) -> str:
 
 
 def progress_bar(total: int, unit: str, **options: Any) -> tqdm:
-    """A bar on stderr: redrawn ten times a second on a terminal, every half minute in a log file."""
-    return tqdm(total=total, unit=unit, mininterval=0.1 if sys.stderr.isatty() else 30, **options)
+    """Rank 0's bar on stderr: redrawn ten times a second on a terminal, every half minute in a log file."""
+    return tqdm(total=total, unit=unit, mininterval=0.1 if sys.stderr.isatty() else 30, disable=rank() > 0, **options)
 
 
-# ---- images in ------------------------------------------------------------------------------------------------------
+# ---- processes ------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageSet:
-    """Which images a split holds. `load_images` decodes them."""
-
-    name: str  # of the data set: cifar10, digits or the folder's own name
-    classes: list[str]
-    index: np.ndarray  # (N,) int64, position in the data set's training or test part
-    label: np.ndarray  # (N,) int64, position of the image's class in `classes`
-    source: np.ndarray  # (N,) str, the image's name: its path inside the folder, or cifar10/test/00042
-    open_image: Callable[[int], Image.Image]  # by index
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def take(self, positions: np.ndarray | slice) -> "ImageSet":
-        """The images at these positions (integers, a mask or a slice) of this set, in that order."""
-        return dataclasses.replace(
-            self, index=self.index[positions], label=self.label[positions], source=self.source[positions]
-        )
-
-
-def open_dataset(dataset: str, part: str) -> ImageSet:
-    """The training or test part ("train" or "test") of `cifar10`, `digits` or a folder in ImageFolder layout.
-
-    Raises InputError if CIFAR-10 cannot be had, or the folder is missing, lacks train/ or test/, or has an empty class.
-    """
-    if dataset == "cifar10":
-        return _open_cifar10(part)
-    if dataset == "digits":
-        return _open_digits(part)
-    return _open_folder(Path(dataset), part)
-
-
-def _open_cifar10(part: str) -> ImageSet:
+@contextlib.contextmanager
+def processes(device: torch.device) -> Iterator[tuple[int, int]]:
+    """(rank, how many): (0, 1), or what torchrun started, joined to a group. Rank 0 alone prints to stdout."""
+    if "RANK" not in os.environ:
+        yield 0, 1
+        return
+    # gloo for what lies on the CPU and NCCL for GPUs; whoever is done may wait for days: torchrun sees the dead
+    backend = "gloo"
+    if device.type == "cuda":
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    distributed.init_process_group(backend, timeout=timedelta(days=30))
     try:
-        cifar10 = torchvision.datasets.CIFAR10(root="data", train=part == "train", download=True)
-    except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"CIFAR-10 is not in data/ and cannot be downloaded ({error}): put cifar-10-python.tar.gz into data/ "
-            "and run again, or try --dataset digits, which needs no download"
-        ) from error
-    return ImageSet(
-        name="cifar10",
-        classes=cifar10.classes,
-        index=np.arange(len(cifar10), dtype=np.int64),
-        label=np.array(cifar10.targets, dtype=np.int64),
-        source=np.array([f"cifar10/{part}/{i:05d}" for i in range(len(cifar10))]),
-        open_image=lambda i: Image.fromarray(cifar10.data[i]),
-    )
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
+            yield rank(), distributed.get_world_size()
+    finally:
+        distributed.destroy_process_group()
 
 
-def _open_digits(part: str) -> ImageSet:
-    from sklearn.datasets import load_digits  # a slow import that only this data set needs
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()  # 1,797 scans of 8x8, grey levels 0 to 16
-    pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
-    train, test = train_test_split(np.arange(len(pixels)), test_size=0.25, stratify=digits.target, random_state=0)
-    members = np.sort(train if part == "train" else test)
-    return ImageSet(
-        name="digits",
-        classes=[str(name) for name in digits.target_names],
-        index=np.arange(len(members), dtype=np.int64),
-        label=digits.target[members].astype(np.int64),
-        source=np.array([f"digits/{part}/{i:04d}" for i in range(len(members))]),
-        open_image=lambda i: Image.fromarray(pixels[members[i]]),
-    )
+def rank() -> int:
+    """This process's number, from 0; 0 if there is one process only."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
 
 
-def _open_folder(root: Path, part: str) -> ImageSet:
-    if not root.is_dir():
-        raise InputError(
-            f"unknown dataset {str(root)!r}: it must be cifar10, digits or a folder DIR that holds "
-            "DIR/train/<class>/ and DIR/test/<class>/"
-        )
-    for side in ("train", "test"):
-        if not (root / side).is_dir():
-            raise InputError(
-                f"{root} has no folder {side!r}: it must hold {root / 'train'}/<class>/ and {root / 'test'}/<class>/"
-            )
-    # One numbering for both parts: in MVTec's layout train/ has the class `good` alone.
-    classes = sorted({folder.name for side in ("train", "test") for folder in _subfolders(root / side)})
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    samples = make_dataset(
-        str(root / part),
-        class_to_idx={name: label for label, name in enumerate(classes)},
-        # a leading dot marks what file managers leave behind, such as ._photo.jpg
-        is_valid_file=lambda path: not Path(path).name.startswith(".") and Path(path).suffix.lower() in endings,
-        allow_empty=True,
-    )
-    paths = [Path(path) for path, _ in samples]
-    label = np.array([label for _, label in samples], dtype=np.int64)
-    for folder in _subfolders(root / part):
-        if classes.index(folder.name) not in label:
-            raise InputError(f"the class folder {folder} holds no images: put some in, or remove the folder")
-    return ImageSet(
-        name=root.resolve().name,
-        classes=classes,
-        index=np.arange(len(paths), dtype=np.int64),
-        label=label,
-        source=np.array([path.relative_to(root).as_posix() for path in paths], dtype=np.str_),
-        open_image=lambda i: Image.open(paths[i]),
-    )
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in this process or in any other; every process must ask."""
+    if not distributed.is_initialized():
+        return flag
+    flags = torch.tensor(int(flag))
+    distributed.all_reduce(flags, distributed.ReduceOp.MAX)
+    return bool(flags)
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's value in every process; every process must ask, and waits for rank 0."""
+    values = [value]
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(values)
+    return values[0]
 
 
-def class_label(classes: list[str], name: str) -> int:
-    """The label of a class given by its name or, if no class has that name, by its index as text. Raises InputError."""
-    if name in classes:
-        return classes.index(name)
-    if name.isdecimal() and int(name) < len(classes):
-        return int(name)
-    raise InputError(f"unknown class {name!r}: choose --normal-class from {', '.join(classes)}, or an index from 0")
+def wait_for_all() -> None:
+    """Go on when every process has come this far."""
+    if distributed.is_initialized():
+        distributed.barrier()
 
 
-def open_split(dataset: str, split: str, normal_class: str) -> ImageSet:
-    """One of the four splits of a data set, in the data set's own order.
-
-    `train` is the first 80% of the normal class's training images and `validation` the other 20%; `train_anomalies` is
-    every training image of another class; `test` is the data set's own test part. Raises InputError for an unknown
-    split, data set or class, and for a normal class with fewer than five training images.
-    """
-    if split not in SPLITS:
-        raise InputError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
-    images = open_dataset(dataset, "test" if split == "test" else "train")
-    label = class_label(images.classes, normal_class)
-    if split == "test":
-        return images
-    if split == "train_anomalies":
-        return images.take(images.label != label)
-    normal = np.flatnonzero(images.label == label)
-    if len(normal) < 5:
-        with_images = ", ".join(images.classes[i] for i in np.unique(images.label))
-        raise InputError(
-            f"class {images.classes[label]!r} has {len(normal)} training images in {dataset} and needs 5 or more: "
-            f"choose --normal-class from those with training images ({with_images})"
-        )
-    first = int(0.8 * len(normal))
-    return images.take(normal[:first] if split == "train" else normal[first:])
+@contextlib.contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM only add their number to this list, for a loop to stop where nothing is half done."""
+    noted: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: noted.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def load_images(
-    image_set: ImageSet, image_size: int, image_channels: int, skip_unreadable: bool = False
-) -> tuple[torch.Tensor, ImageSet]:
-    """Decode images to uint8 (N, image_channels, image_size, image_size); also returns the set of those N images.
-
-    The shorter side is resized to `image_size` (antialiased bilinear), then the centre is cut out. Raises InputError
-    for an image that cannot be read, or with `skip_unreadable` names it on stderr and leaves it out.
-    """
-    to_square = Compose([Resize(image_size), CenterCrop(image_size)])
-    pixels = torch.empty(len(image_set), image_channels, image_size, image_size, dtype=torch.uint8)
-    readable = []
-    rows = enumerate(zip(image_set.index, image_set.source, strict=True))
-    bar = {"leave": False, "delay": 1, "disable": None}  # only on a terminal, and if it takes longer than a second
-    for row, (index, source) in tqdm(rows, "reading", len(image_set), unit=" images", **bar):
-        try:
-            image = _to_8_bit(image_set.open_image(index), image_channels)
-        except Exception as error:  # a damaged file can make a decoder raise anything
-            if not skip_unreadable:
-                raise InputError(
-                    f"cannot read the image {source} ({error}): mend it, or use --skip-unreadable"
-                ) from error
-            tqdm.write(f"skipped, cannot be read: {source} ({error})", file=sys.stderr)
-            continue
-        pixels[len(readable)] = pil_to_tensor(to_square(image))
-        readable.append(row)
-    return pixels[: len(readable)], image_set.take(np.array(readable, dtype=np.int64))
-
-
-def _to_8_bit(image: Image.Image, image_channels: int) -> Image.Image:
-    """Any image Pillow opens as 8-bit grey or RGB: upright by its EXIF tag, transparent parts on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel, which convert("L") would clip at 255 instead of scaling
-        levels = np.asarray(image).astype(np.int64)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise ValueError("its grey levels lie outside 0 to 65535")
-        image = Image.fromarray((levels / 257).round().astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range; convert it to 8 or 16 bits")
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("L" if image_channels == 1 else "RGB")
-
-
-def to_model(images: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
-    """uint8 images in [0, 255] to float32 in [-1, 1], the range of G's tanh, on `device`."""
-    return images.to(device, non_blocking=True).float() / 127.5 - 1
-
-
-def to_display(images: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] back to [0, 1], as plots want them."""
-    return (images + 1) / 2
+def seed_of(seed: int, *place: int) -> int:
+    """A seed of its own for each place of a run (which kind of draw, which step, ...), from the run's seed."""
+    return int(np.random.SeedSequence(seed, spawn_key=place).generate_state(1, np.uint64)[0])
 
 
 # ---- losses (Schlegl et al. 2017) -----------------------------------------------------------------------------------
@@ -312,14 +192,48 @@ def anomaly_score(residual: Any, discrimination: Any, discrimination_weight: flo
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; it becomes `path` when the block ends, and is removed if the block fails."""
+    """A temporary path to write to; it becomes `path` when the block ends, and is removed if the block fails.
+
+    `path` is whole at any moment, after a power cut too. Raises InputError if it cannot be written.
+    """
     # The ending stays as it is, because np.savez and savefig go by it.
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
     try:
         yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())  # the content must be on the disk before the name is
         os.replace(partial, path)
+        if os.name == "posix":
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except OSError as error:  # disk full, read-only, ...: some of these do not name the file
+        raise InputError(f"cannot write {path} ({error.strerror or error}); what stood there is unchanged") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what a read-only folder refuses to remove was never there
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def run_folder(run_dir: Path) -> Iterator[None]:
+    """Hold a run folder for this process (with torchrun, rank 0 does it for all), and clear away what killed ones left.
+
+    Raises InputError if another process holds it, or its run.json, which every script adds to at its end, is damaged.
+    """
+    if rank() > 0:
+        yield
+        return
+    try:
+        lock = FileLock(run_dir / ".lock", blocking=False).acquire()
+    except Timeout as error:
+        raise InputError(
+            f"another process is at work in {run_dir}: wait for it to end, or name another run with --run-dir"
+        ) from error
+    with lock:
+        for partial in run_dir.rglob(f"{PARTIAL}*"):
+            partial.unlink()
+        read_record(run_dir)
+        yield
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -352,18 +266,37 @@ class TrainedGAN:
     image_size: int
     image_channels: int
     latent_dim: int
-    epoch: int
+    epoch: float  # how many epochs it was trained for
     fingerprint: str  # SHA-256 of the file: what was fitted with it names it
 
 
-def load_gan(run_dir: Path, device: torch.device) -> TrainedGAN:
-    """Read and check `run_dir`/gan.pt. Raises InputError if it is cut short, foreign, or holds more than plain data."""
+@contextlib.contextmanager
+def reading_gan(run_dir: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The content of `run_dir`/gan.pt and its fingerprint. Raises InputError if it is damaged, foreign, or holds more
+    than plain data, whether that shows at once or when the block uses it."""
     path = run_dir / "gan.pt"
     content = path.read_bytes()
     try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:  # torch.load does not look at the checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise TypeError(f"it holds a {type(state).__name__}")
+        yield state, hashlib.sha256(content).hexdigest()
+    except InputError:
+        raise
+    except Exception as error:  # torch.load raises almost anything on bytes that are not its own
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'}"
+        raise InputError(
+            f"{path} is damaged or was not written by this train_gan.py, and nothing in it was run ({reason}): "
+            "start over with train_gan.py --fresh, or name another run with --run-dir"
+        ) from error
+
+
+def load_gan(run_dir: Path, device: torch.device) -> TrainedGAN:
+    """G and D of `run_dir`/gan.pt as search and scores use them. Raises InputError, see `reading_gan`."""
+    with reading_gan(run_dir) as (state, fingerprint):
         config, channels = state["config"], state["image_channels"]
         generator = Generator(config["image_size"], channels, config["latent_dim"], config["ngf"])
         generator.load_state_dict(state["generator"])
@@ -379,14 +312,8 @@ def load_gan(run_dir: Path, device: torch.device) -> TrainedGAN:
             image_channels=channels,
             latent_dim=config["latent_dim"],
             epoch=state["epoch"],
-            fingerprint=hashlib.sha256(content).hexdigest(),
+            fingerprint=fingerprint,
         )
-    except Exception as error:  # torch.load raises almost anything on bytes that are not its own
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'}"
-        raise InputError(
-            f"{path} is cut short or was not written by train_gan.py, and nothing in it was run ({reason}): "
-            "train again, or name another run with --run-dir"
-        ) from error
     for network in (generator, discriminator):
         network.eval().requires_grad_(False)
     generator.layers, discriminator.body = fold_batchnorm(generator.layers), fold_batchnorm(discriminator.body)
@@ -395,58 +322,53 @@ def load_gan(run_dir: Path, device: torch.device) -> TrainedGAN:
     return gan
 
 
-def write_latents(run_dir: Path, split: str, gan: TrainedGAN, image_set: ImageSet, search: dict, **found: Any) -> None:
-    """Write latents-<split>.npz: `found` is z (N, latent_dim), residual (N,) and discrimination (N,)."""
-    with replacing(run_dir / f"latents-{split}.npz") as partial:
+def write_latents(path: Path, split: str, gan: TrainedGAN, search: dict, arrays: dict[str, np.ndarray]) -> None:
+    """Write a file of latents: of each image what PER_IMAGE names, and of them all split, GAN and search settings.
+
+    z is (N, latent_dim), the others are (N,).
+    """
+    with replacing(path) as partial:
         np.savez(
             partial,
-            **found,
-            label=image_set.label,
-            index=image_set.index,
-            source=image_set.source,
+            **{name: arrays[name] for name in PER_IMAGE},
+            split=split,
             gan=gan.fingerprint,
             search=json.dumps(search),
         )
 
 
-def read_latents(run_dir: Path, split: str, gan: TrainedGAN) -> dict[str, Any]:
-    """Read and check latents-<split>.npz: the arrays of `write_latents`, `search` as a dict.
+def read_latents(path: Path, split: str, gan: TrainedGAN) -> dict[str, Any]:
+    """Read and check what `write_latents` wrote, with `search` as a dict.
 
-    Raises InputError if the file is missing, damaged or foreign, or was fitted with another gan.pt.
+    Raises InputError if the file is missing, damaged or foreign, or of another split or gan.pt.
     """
-    path = run_dir / f"latents-{split}.npz"
-    again = f"run fit_latent.py --run-dir {run_dir} --splits {split}"
     if not path.is_file():
-        raise InputError(f"{path} is missing: {again} first")
+        raise InputError(f"{path} is missing")
     content = path.read_bytes()
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:  # checksums included
             latents = {name: file[name] for name in file.files}
         latents["search"] = json.loads(str(latents["search"]))
         float(latents["search"]["discrimination_weight"])  # evaluate.py weighs with it
-        shapes = {name: latents[name].shape for name in ("residual", "discrimination", "label", "index", "source")}
+        shapes = {latents[name].shape for name in PER_IMAGE if name != "z"}
         count = len(latents["z"])
-        whole = latents["z"].shape == (count, gan.latent_dim) and set(shapes.values()) == {(count,)} and count > 0
+        whole = latents["z"].shape == (count, gan.latent_dim) and shapes == {(count,)} and count > 0
         whole = whole and all(np.isfinite(latents[name]).all() for name in ("z", "residual", "discrimination"))
-        fingerprint = str(latents["gan"])
+        belongs = {name: str(latents[name]) for name in ("split", "gan")}
     except Exception as error:  # zipfile and numpy raise almost anything on damaged bytes
-        raise InputError(f"{path} is damaged or was not written by fit_latent.py ({error}): {again} again") from error
-    if fingerprint != gan.fingerprint:
-        raise InputError(f"{path} belongs to another gan.pt than {run_dir / 'gan.pt'}: {again} again, or remove it")
+        raise InputError(f"{path} is damaged or was not written by this fit_latent.py ({error})") from error
+    if belongs["gan"] != gan.fingerprint:
+        raise InputError(f"{path} belongs to another gan.pt than the one that is there now")
+    if belongs["split"] != split:
+        raise InputError(f"{path} holds the split {belongs['split']!r}, not {split!r}")
     if not whole:
-        raise InputError(
-            f"{path} holds arrays of the wrong shape, no image, or numbers that are not finite: {again} again"
-        )
+        raise InputError(f"{path} holds arrays of the wrong shape, no image, or numbers that are not finite")
     return latents
 
 
 def record_run(run_dir: Path, script: str, config: Any, device: torch.device, seconds: float, **facts: Any) -> None:
     """Add to `run_dir`/run.json how `script` ran: hyperparameters, versions, device, commit, seconds, peak memory."""
-    path = run_dir / "run.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}): remove it and run again") from error
+    record = read_record(run_dir)
     record[script] = {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "seconds": round(seconds, 1),
@@ -464,7 +386,19 @@ def record_run(run_dir: Path, script: str, config: Any, device: torch.device, se
         },
         **facts,
     }
-    write_json(path, record)
+    write_json(run_dir / "run.json", record)
+
+
+def read_record(run_dir: Path) -> dict[str, dict]:
+    """What `record_run` wrote to `run_dir`/run.json, by script. Raises InputError if it is damaged."""
+    path = run_dir / "run.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not isinstance(record, dict):
+            raise ValueError(f"it holds a {type(record).__name__}")
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}): remove it and run again") from error
+    return record
 
 
 def _device_name(device: torch.device) -> str:

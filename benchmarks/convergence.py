@@ -14,6 +14,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+import datasets
 import fit_latent
 import util
 from benchmarks import measure
@@ -41,9 +42,9 @@ def main(config: Config) -> None:
     precision = util.pick_precision("auto", device)
     run_dir = util.find_run(config.run_dir)
     gan = util.load_gan(run_dir, device)
-    validation = util.open_split(gan.dataset, "validation", gan.normal_class).take(slice(config.images))
-    images, _ = util.load_images(validation, gan.image_size, gan.image_channels)
-    x = util.to_model(images, device).contiguous(memory_format=torch.channels_last)
+    validation = datasets.open_split(gan.dataset, "validation", gan.normal_class).take(slice(config.images))
+    images, _ = datasets.load_images(validation, gan.image_size, gan.image_channels)
+    x = datasets.to_model(images, device).contiguous(memory_format=torch.channels_last)
     candidates = fit_latent.draw_candidates(gan.generator, gan.latent_dim, OURS.candidates, config.seed)
     starts = {
         "random": candidates.z[: len(x)],

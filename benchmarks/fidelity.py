@@ -15,6 +15,7 @@ import tyro
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
+import datasets
 import fit_latent
 import util
 from benchmarks import measure
@@ -38,16 +39,16 @@ def main(config: Config) -> None:
     device = util.pick_device(config.device)
     run_dir = util.find_run(config.run_dir)
     gan = util.load_gan(run_dir, device)
-    test = util.open_split(gan.dataset, "test", gan.normal_class)
+    test = datasets.open_split(gan.dataset, "test", gan.normal_class)
     test = test.take(fit_latent.stratified_subset(test.label, config.images, config.seed))
-    images, _ = util.load_images(test, gan.image_size, gan.image_channels)
+    images, _ = datasets.load_images(test, gan.image_size, gan.image_channels)
     is_anomaly = test.label != gan.classes.index(gan.normal_class)
     candidates = fit_latent.draw_candidates(gan.generator, gan.latent_dim, OURS.candidates, config.seed)
 
     def scores(steps: int, precision: str) -> np.ndarray:
         found = []
         for batch in tqdm(images.split(BATCH_SIZE), f"{precision}, {steps} steps", leave=False):
-            x = util.to_model(batch, device).contiguous(memory_format=torch.channels_last)
+            x = datasets.to_model(batch, device).contiguous(memory_format=torch.channels_last)
             z = fit_latent.nearest_candidates(x, candidates)
             _, *losses = fit_latent.search_latents(
                 gan.generator, gan.discriminator, x, z, steps, OURS.lr, OURS.discrimination_weight, precision

@@ -23,6 +23,7 @@ import tyro
 from torch.optim import Adam
 from tqdm import tqdm
 
+import datasets
 import fit_latent
 import util
 from benchmarks import measure
@@ -96,9 +97,9 @@ def main(config: Config) -> None:
     run_dir = util.find_run(config.run_dir)
     gan = util.load_gan(run_dir, device)
     usual_gan = usual_networks(run_dir, device)
-    validation = util.open_split(gan.dataset, "validation", gan.normal_class).take(slice(config.images))
-    images, _ = util.load_images(validation, gan.image_size, gan.image_channels)
-    x_nchw = util.to_model(images, device)
+    validation = datasets.open_split(gan.dataset, "validation", gan.normal_class).take(slice(config.images))
+    images, _ = datasets.load_images(validation, gan.image_size, gan.image_channels)
+    x_nchw = datasets.to_model(images, device)
     x = x_nchw.contiguous(memory_format=torch.channels_last)
     about = {
         **measure.about_gan(gan),

@@ -22,6 +22,7 @@ from torch.optim import Adam
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor
 
+import datasets
 import train_gan
 import util
 from benchmarks import measure
@@ -50,7 +51,7 @@ class Config:
 class Pictures(Dataset):
     """The pictures of a split, decoded and transformed one by one."""
 
-    def __init__(self, image_set: util.ImageSet, image_size: int) -> None:
+    def __init__(self, image_set: datasets.ImageSet, image_size: int) -> None:
         self.image_set = image_set
         self.transform = Compose(
             [Resize(image_size), CenterCrop(image_size), ToTensor(), Normalize([0.5] * 3, [0.5] * 3)]
@@ -60,7 +61,7 @@ class Pictures(Dataset):
         return len(self.image_set)
 
     def __getitem__(self, row: int) -> torch.Tensor:
-        return self.transform(self.image_set.open_image(self.image_set.index[row]).convert("RGB"))
+        return self.transform(self.image_set.open(row).convert("RGB"))
 
 
 def networks(config: Config, device: torch.device) -> tuple[Generator, Discriminator]:
@@ -71,7 +72,7 @@ def networks(config: Config, device: torch.device) -> tuple[Generator, Discrimin
     return generator.to(device), discriminator.to(device)
 
 
-def usual_training(image_set: util.ImageSet, config: Config, device: torch.device) -> Iterator[list[float]]:
+def usual_training(image_set: datasets.ImageSet, config: Config, device: torch.device) -> Iterator[list[float]]:
     """The usual loop: yields D's and G's loss after each step."""
     generator, discriminator = networks(config, device)
     optimizer_g = Adam(generator.parameters(), lr=2e-4, betas=BETAS, weight_decay=1e-5)
@@ -101,16 +102,15 @@ def our_training(images: torch.Tensor, precision: str, config: Config, device: t
     optimizer_g, _ = train_gan.prepare(generator, ours, device)
     optimizer_d, _ = train_gan.prepare(discriminator, ours, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    while True:
-        for real in train_gan.shuffled_batches(images, config.batch_size):
-            yield train_gan.train_step(generator, discriminator, optimizer_g, optimizer_d, real, ours, autocast)
+    for real in train_gan.real_batches(images, config.batch_size, config.seed):
+        yield train_gan.train_step(generator, discriminator, optimizer_g, optimizer_d, real, ours, autocast)
 
 
 def main(config: Config) -> None:
     """Let the loops take turns; print, write the JSON file, draw the curves."""
     device = util.pick_device(config.device)
-    image_set = util.open_split(config.dataset, "train", config.normal_class)
-    images = util.load_images(image_set, config.image_size, 3)[0].to(device)
+    image_set = datasets.open_split(config.dataset, "train", config.normal_class)
+    images = datasets.load_images(image_set, config.image_size, 3)[0].to(device)
     if len(images) < config.batch_size:
         raise util.InputError(f"{len(images)} training images are less than a batch: lower --batch-size")
     about = {

@@ -59,12 +59,12 @@ def fails(run_here: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> 
 def digits_workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory in which the three scripts ran on `digits`, each as its own process."""
     workdir = tmp_path_factory.mktemp("digits")
-    for arguments in (
-        ["train_gan.py", "--dataset", "digits", "--normal-class", "0", "--epochs", "3", "--save-every", "2", *TINY],
-        ["fit_latent.py", "--splits", "validation", "test", "train_anomalies", "--max-images", "60", "--steps", "20"],
-        ["evaluate.py", "--bootstrap", "50"],
+    for command in (
+        "train_gan.py --dataset digits --normal-class 0 --epochs 3 --checkpoint-every 10 " + " ".join(TINY),
+        "fit_latent.py --splits validation test train_anomalies --max-images 60 --steps 20 --shard-size 40",
+        "evaluate.py --bootstrap 50",
     ):
-        done = run_process(workdir, *arguments)
+        done = run_process(workdir, *command.split())
         assert done.returncode == 0, done.stderr
     return workdir
 

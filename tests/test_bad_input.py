@@ -49,6 +49,10 @@ def test_no_network_and_no_archive(tmp_path: Path, fails: Fails, monkeypatch: py
         (["--normal-class", "10"], "unknown class '10'"),
         (["--image-size", "48"], "power of two from 32 up"),
         (["--image-size", "16"], "power of two from 32 up"),
+        (["--checkpoint-every", "0"], "minutes such as 10m, or steps such as 500"),
+        (["--checkpoint-every", "0m"], "minutes such as 10m, or steps such as 500"),
+        (["--checkpoint-every", "ten"], "minutes such as 10m, or steps such as 500"),
+        (["--sync-batchnorm"], "works on GPUs only"),
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--batch-size", "-3"], "--batch-size must be at least 1"),
         (["--generator-steps", "0"], "--generator-steps must be at least 1"),
@@ -100,7 +104,7 @@ def test_unreadable_training_image(
 
 
 def test_training_that_diverges(tmp_path: Path, fails: Fails) -> None:
-    assert "diverged in epoch" in fails(*TRAIN, "--dataset", "digits", "--lr", "1e38", "--epochs", "3")
+    assert "diverged at step" in fails(*TRAIN, "--dataset", "digits", "--lr", "1e38", "--epochs", "3")
     assert not list((tmp_path / "outputs").rglob("gan.pt"))
 
 
@@ -128,6 +132,7 @@ def test_scripts_out_of_order(digits_workdir: Path, trained: Path, tmp_path: Pat
     [
         (["--splits", "test", "training"], "unknown split 'training'"),
         (["--steps", "0"], "--steps must be at least 1"),
+        (["--shard-size", "0"], "--shard-size must be at least 1"),
         (["--candidates", "0"], "--candidates must be at least 1"),
         (["--max-images", "0"], "--max-images must be at least 1"),
         (["--discrimination-weight", "1.5"], "at most 1"),
@@ -166,7 +171,7 @@ def test_gan_cut_short(trained: Path, fails: Fails, kept: int) -> None:
     (trained / "gan.pt").write_bytes(whole[:kept])
     for script in ("fit_latent.py", "evaluate.py"):
         message = fails(script)
-        assert "gan.pt is cut short or was not written by train_gan.py" in message
+        assert "gan.pt is damaged or was not written by this train_gan.py" in message
 
 
 class Malicious:
@@ -187,7 +192,7 @@ def test_malicious_gan_runs_nothing(trained: Path, tmp_path: Path, fails: Fails,
 @pytest.mark.parametrize("content", [{}, [1, 2], {"config": {"image_size": 32}}, torch.zeros(3)])
 def test_foreign_gan(trained: Path, fails: Fails, content: object) -> None:
     torch.save(content, trained / "gan.pt")
-    assert "was not written by train_gan.py" in fails("fit_latent.py")
+    assert "was not written by this train_gan.py" in fails("fit_latent.py")
 
 
 @pytest.mark.parametrize("kept", [0, 50, -30])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import datasets
 import fit_latent
 import util
 from fit_latent import draw_candidates, nearest_candidates, search_latents, stratified_subset
@@ -30,7 +31,7 @@ def search(
 ) -> list[torch.Tensor]:
     settings = {"steps": STEPS, "lr": LR, "discrimination_weight": WEIGHT} | changes
     parts = [
-        search_latents(*networks, util.to_model(batch).double(), z, **settings)
+        search_latents(*networks, datasets.to_model(batch).double(), z, **settings)
         for batch, z in zip(images.split(batch_size), start.split(batch_size), strict=True)
     ]
     return [torch.cat(part) for part in zip(*parts, strict=True)]
@@ -77,7 +78,7 @@ def test_batched_search_is_the_plain_search(tiny_networks: Networks, images: tor
 
 def test_steps_in_bf16_end_where_fp32_ends(tiny_networks: Networks, images: torch.Tensor, start: torch.Tensor) -> None:
     generator, discriminator = (network.float() for network in tiny_networks)
-    x, z = util.to_model(images), start.float()
+    x, z = datasets.to_model(images), start.float()
     fp32 = search_latents(generator, discriminator, x, z, 60, LR, WEIGHT)
     bf16 = search_latents(generator, discriminator, x, z, 60, LR, WEIGHT, "bf16")
     assert not torch.equal(fp32[0], bf16[0])  # it did run in bf16
@@ -110,7 +111,7 @@ def test_losses_belong_to_the_latents_returned(
 ) -> None:
     z, residual, discrimination = search(tiny_networks, images, start)
     generator, discriminator = tiny_networks
-    x, generated = util.to_model(images).double(), generator(z)
+    x, generated = datasets.to_model(images).double(), generator(z)
     torch.testing.assert_close(residual, (x - generated).abs().sum((1, 2, 3)))
     features = discriminator.features(x) - discriminator.features(generated)
     torch.testing.assert_close(discrimination, features.abs().sum((1, 2, 3)))
@@ -144,7 +145,7 @@ def test_search_changes_nothing_in_the_networks(
 def test_search_starts_at_the_nearest_candidate(tiny_networks: Networks, images: torch.Tensor) -> None:
     generator = tiny_networks[0].float()
     candidates = draw_candidates(generator, 8, 50, seed=0)
-    x = util.to_model(images)
+    x = datasets.to_model(images)
     start = nearest_candidates(x, candidates)
     for image, z in zip(x, start, strict=True):  # against a loop over all candidates
         blocks = [drawn.reshape(3, 16, 2, 16, 2).mean((2, 4)) for drawn in (image, *generator(candidates.z))]
@@ -155,7 +156,7 @@ def test_search_starts_at_the_nearest_candidate(tiny_networks: Networks, images:
 
 
 def test_start_depends_on_seed_model_and_image_alone(tiny_networks: Networks, images: torch.Tensor) -> None:
-    generator, x = tiny_networks[0].float(), util.to_model(images)
+    generator, x = tiny_networks[0].float(), datasets.to_model(images)
     candidates = draw_candidates(generator, 8, 500, seed=0)
     start = nearest_candidates(x, candidates)
     assert torch.equal(start[[4, 1]], nearest_candidates(x[[4, 1]], candidates))

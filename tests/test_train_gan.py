@@ -5,6 +5,7 @@ import csv
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -107,13 +108,37 @@ def test_bf16_and_compile_train_the_same(run_here: Callable[..., None], flag: tu
     torch.testing.assert_close(other, plain, rtol=tolerance, atol=0)
 
 
-def test_a_batch_is_left_out_rather_than_cut() -> None:
+def seen_by_training(first_step: int, count: int, **where: int) -> list[list[int]]:
+    """Which of ten numbered images the batches of training hold, from `first_step` on."""
     images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 1, 2, 2)
-    torch.manual_seed(0)
-    epochs = [list(train_gan.shuffled_batches(images, 4)) for _ in range(2)]
-    seen = [torch.cat(batches)[:, 0, 0, 0].add(1).mul(127.5).round().int().tolist() for batches in epochs]
-    assert [len(batch) for batch in epochs[0]] == [4, 4]
-    assert all(len(set(numbers)) == 8 and set(numbers) <= set(range(10)) for numbers in seen) and seen[0] != seen[1]
+    batches = islice(train_gan.real_batches(images, seed=0, first_step=first_step, **where), count)
+    return [batch[:, 0, 0, 0].add(1).mul(127.5).round().int().tolist() for batch in batches]
+
+
+def test_an_epoch_is_a_shuffle_and_a_batch_is_left_out_rather_than_cut() -> None:
+    batches = seen_by_training(0, 6, batch_size=4)
+    epochs = [batches[0] + batches[1], batches[2] + batches[3], batches[4] + batches[5]]
+    assert all(len(set(epoch)) == 8 and set(epoch) <= set(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_batches_depend_on_the_step_and_not_on_where_training_started() -> None:
+    batches = seen_by_training(0, 9, batch_size=3)
+    for first in range(9):
+        assert seen_by_training(first, 9 - first, batch_size=3) == batches[first:]
+
+
+def test_processes_share_an_epoch_out() -> None:
+    alone = seen_by_training(0, 4, batch_size=4)
+    shares = [seen_by_training(0, 4, batch_size=2, rank=rank, processes=2) for rank in range(2)]
+    assert [first + second for first, second in zip(*shares, strict=True)] == alone
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds", "steps"), [("10m", 600, math.inf), ("0.5m", 30, math.inf), ("500", math.inf, 500)]
+)
+def test_checkpoint_interval(text: str, seconds: float, steps: float) -> None:
+    assert train_gan.checkpoint_interval(text) == (seconds, steps)
 
 
 def test_learning_rate_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +164,6 @@ def test_learning_rate_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             batch_size=2,
             epochs=31,
             generator_steps=1,
-            save_every=31,
             lr=1.0,
             device="cpu",
         )
@@ -151,7 +175,7 @@ def test_learning_rate_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_same_seed_same_weights(digits_workdir: Path, run_here: Callable[..., None]) -> None:
-    run_here("train_gan.py", "--dataset", "digits", "--normal-class", "0", "--epochs", "3", "--save-every", "1", *TINY)
+    run_here("train_gan.py", "--dataset", "digits", "--normal-class", "0", "--epochs", "3", *TINY)
     again = util.load_gan(Path("outputs/digits-0"), torch.device("cpu"))
     first = util.load_gan(digits_workdir / "outputs/digits-0", torch.device("cpu"))
     for name in ("generator", "discriminator"):

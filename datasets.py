@@ -1,0 +1,287 @@
+"""Images in: the data sets, their four splits, and decoding to uint8, batch by batch in worker processes."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader
+from torchvision.datasets.folder import make_dataset
+from torchvision.transforms import CenterCrop, Compose, Resize
+from tqdm import tqdm
+
+from util import InputError
+
+SPLITS = ("train", "validation", "test", "train_anomalies")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """Which images a split holds. `load_images` decodes them."""
+
+    name: str  # of the data set: cifar10, digits or the folder's own name
+    classes: list[str]
+    index: np.ndarray  # (N,) int64, position in the data set's training or test part
+    label: np.ndarray  # (N,) int64, position of the image's class in `classes`
+    source: np.ndarray  # (N,) str, the image's name: its path inside the folder, or cifar10/test/00042
+    open_image: Callable[[int, str], Image.Image]  # by index and source; a worker process gets it pickled
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def open(self, row: int) -> Image.Image:
+        """The image at this position of the set, as Pillow opens it."""
+        return self.open_image(self.index[row], self.source[row])
+
+    def take(self, positions: np.ndarray | slice | range) -> "ImageSet":
+        """The images at these positions (integers, a mask, a slice or a range) of this set, in that order."""
+        return dataclasses.replace(
+            self, index=self.index[positions], label=self.label[positions], source=self.source[positions]
+        )
+
+
+def open_dataset(dataset: str, part: str) -> ImageSet:
+    """The training or test part ("train" or "test") of `cifar10`, `digits` or a folder in ImageFolder layout.
+
+    Raises InputError if CIFAR-10 cannot be had, or the folder is missing, lacks train/ or test/, or has an empty class.
+    """
+    if dataset == "cifar10":
+        return _open_cifar10(part)
+    if dataset == "digits":
+        return _open_digits(part)
+    return _open_folder(Path(dataset), part)
+
+
+def _open_cifar10(part: str) -> ImageSet:
+    try:
+        cifar10 = torchvision.datasets.CIFAR10(root="data", train=part == "train", download=True)
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"CIFAR-10 is not in data/ and cannot be downloaded ({error}): put cifar-10-python.tar.gz into data/ "
+            "and run again, or try --dataset digits, which needs no download"
+        ) from error
+    return ImageSet(
+        name="cifar10",
+        classes=cifar10.classes,
+        index=np.arange(len(cifar10), dtype=np.int64),
+        label=np.array(cifar10.targets, dtype=np.int64),
+        source=np.array([f"cifar10/{part}/{i:05d}" for i in range(len(cifar10))]),
+        open_image=partial(_open_pixels, cifar10.data),
+    )
+
+
+def _open_digits(part: str) -> ImageSet:
+    from sklearn.datasets import load_digits  # a slow import that only this data set needs
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()  # 1,797 scans of 8x8, grey levels 0 to 16
+    pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
+    train, test = train_test_split(np.arange(len(pixels)), test_size=0.25, stratify=digits.target, random_state=0)
+    members = np.sort(train if part == "train" else test)
+    return ImageSet(
+        name="digits",
+        classes=[str(name) for name in digits.target_names],
+        index=np.arange(len(members), dtype=np.int64),
+        label=digits.target[members].astype(np.int64),
+        source=np.array([f"digits/{part}/{i:04d}" for i in range(len(members))]),
+        open_image=partial(_open_pixels, pixels[members]),
+    )
+
+
+def _open_folder(root: Path, part: str) -> ImageSet:
+    if not root.is_dir():
+        raise InputError(
+            f"unknown dataset {str(root)!r}: it must be cifar10, digits or a folder DIR that holds "
+            "DIR/train/<class>/ and DIR/test/<class>/"
+        )
+    for side in ("train", "test"):
+        if not (root / side).is_dir():
+            raise InputError(
+                f"{root} has no folder {side!r}: it must hold {root / 'train'}/<class>/ and {root / 'test'}/<class>/"
+            )
+    # One numbering for both parts: in MVTec's layout train/ has the class `good` alone.
+    classes = sorted({folder.name for side in ("train", "test") for folder in _subfolders(root / side)})
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    samples = make_dataset(
+        str(root / part),
+        class_to_idx={name: label for label, name in enumerate(classes)},
+        # a leading dot marks what file managers leave behind, such as ._photo.jpg
+        is_valid_file=lambda path: not Path(path).name.startswith(".") and Path(path).suffix.lower() in endings,
+        allow_empty=True,
+    )
+    label = np.array([label for _, label in samples], dtype=np.int64)
+    for folder in _subfolders(root / part):
+        if classes.index(folder.name) not in label:
+            raise InputError(f"the class folder {folder} holds no images: put some in, or remove the folder")
+    return ImageSet(
+        name=root.resolve().name,
+        classes=classes,
+        index=np.arange(len(samples), dtype=np.int64),
+        label=label,
+        source=np.array([Path(path).relative_to(root).as_posix() for path, _ in samples], dtype=np.str_),
+        open_image=partial(_open_file, root),
+    )
+
+
+def _open_pixels(pixels: np.ndarray, index: int, source: str) -> Image.Image:
+    return Image.fromarray(pixels[index])
+
+
+def _open_file(root: Path, index: int, source: str) -> Image.Image:
+    return Image.open(root / source)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def class_label(classes: list[str], name: str) -> int:
+    """The label of a class given by its name or, if no class has that name, by its index as text. Raises InputError."""
+    if name in classes:
+        return classes.index(name)
+    if name.isdecimal() and int(name) < len(classes):
+        return int(name)
+    raise InputError(f"unknown class {name!r}: choose --normal-class from {', '.join(classes)}, or an index from 0")
+
+
+def open_split(dataset: str, split: str, normal_class: str) -> ImageSet:
+    """One of the four splits of a data set, in the data set's own order.
+
+    `train` is the first 80% of the normal class's training images and `validation` the other 20%; `train_anomalies` is
+    every training image of another class; `test` is the data set's own test part. Raises InputError for an unknown
+    split, data set or class, and for a normal class with fewer than five training images.
+    """
+    if split not in SPLITS:
+        raise InputError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
+    images = open_dataset(dataset, "test" if split == "test" else "train")
+    label = class_label(images.classes, normal_class)
+    if split == "test":
+        return images
+    if split == "train_anomalies":
+        return images.take(images.label != label)
+    normal = np.flatnonzero(images.label == label)
+    if len(normal) < 5:
+        with_images = ", ".join(images.classes[i] for i in np.unique(images.label))
+        raise InputError(
+            f"class {images.classes[label]!r} has {len(normal)} training images in {dataset} and needs 5 or more: "
+            f"choose --normal-class from those with training images ({with_images})"
+        )
+    first = int(0.8 * len(normal))
+    return images.take(normal[:first] if split == "train" else normal[first:])
+
+
+def load_images(
+    image_set: ImageSet, image_size: int, image_channels: int, skip_unreadable: bool = False
+) -> tuple[torch.Tensor, ImageSet]:
+    """Decode a whole set to uint8 (N, image_channels, image_size, image_size); also returns the set of those N images.
+
+    See `image_batches`, which holds no more than a few batches.
+    """
+    batches = chunks(range(len(image_set)), 64)
+    bar = {"leave": False, "delay": 1, "disable": None}  # only on a terminal, and if it takes longer than a second
+    decoded = tqdm(
+        image_batches(image_set, batches, image_size, image_channels, skip_unreadable), "reading", len(batches), **bar
+    )
+    pixels = torch.empty(len(image_set), image_channels, image_size, image_size, dtype=torch.uint8)
+    count, readable = 0, [np.empty(0, np.int64)]
+    for batch, positions in decoded:
+        pixels[count : count + len(batch)] = batch
+        count += len(batch)
+        readable.append(positions)
+    return pixels[:count], image_set.take(np.concatenate(readable))
+
+
+def chunks(rows: range, size: int) -> list[range]:
+    """These rows in consecutive ranges of `size`, the last one shorter if need be."""
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def image_batches(
+    image_set: ImageSet,
+    batches: Sequence[range],
+    image_size: int,
+    image_channels: int,
+    skip_unreadable: bool = False,
+) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+    """Decode these rows of a set, in order, in worker processes that run a few batches ahead.
+
+    Yields for each the uint8 (N, image_channels, image_size, image_size) and the images' positions in the set (N,).
+    The shorter side is resized to `image_size` (antialiased bilinear), then the centre is cut out. Raises InputError
+    for an image that cannot be read, or with `skip_unreadable` names it on stderr and leaves it out.
+    """
+    decode = _Decoder(image_set, image_size, image_channels, skip_unreadable)
+    workers = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(batches) - 1)
+    # Arrays come through pipes: tensors would take /dev/shm, of which a container may have next to nothing
+    loader = DataLoader(decode, batch_size=None, sampler=batches, collate_fn=_as_it_is, num_workers=max(0, workers))
+    try:
+        for pixels, positions, faults in loader:
+            for fault in faults:
+                if not skip_unreadable:
+                    raise InputError(f"cannot read the image {fault}: mend it, or use --skip-unreadable")
+                tqdm.write(f"skipped, cannot be read: {fault}", file=sys.stderr)
+            yield torch.from_numpy(pixels), positions
+    except RuntimeError as error:  # DataLoader's way to say that a worker was killed
+        raise InputError(f"a process that decodes images ended ({error}): is there enough memory?") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decoder:
+    """What DataLoader calls a data set: decodes some rows of a set, in whichever process it stands."""
+
+    image_set: ImageSet
+    image_size: int
+    image_channels: int
+    skip_unreadable: bool
+
+    def __getitem__(self, rows: range) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Pixels (N, C, H, W) and positions (N,) of the images that can be read, and what is wrong with the others."""
+        to_square = Compose([Resize(self.image_size), CenterCrop(self.image_size)])
+        pixels, positions, faults = [], [], []
+        for row in rows:
+            try:
+                image = _to_8_bit(self.image_set.open(row), self.image_channels)
+            except Exception as error:  # a damaged file can make a decoder raise anything
+                faults.append(f"{self.image_set.source[row]} ({error})")
+                if not self.skip_unreadable:
+                    break
+                continue
+            side = self.image_size
+            pixels.append(np.asarray(to_square(image)).reshape(side, side, self.image_channels).transpose(2, 0, 1))
+            positions.append(row)
+        shape = (len(pixels), self.image_channels, self.image_size, self.image_size)
+        return np.array(pixels, np.uint8).reshape(shape), np.array(positions, np.int64), faults
+
+
+def _as_it_is(batch: tuple) -> tuple:
+    return batch
+
+
+def _to_8_bit(image: Image.Image, image_channels: int) -> Image.Image:
+    """Any image Pillow opens as 8-bit grey or RGB: upright by its EXIF tag, transparent parts on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits a pixel, which convert("L") would clip at 255 instead of scaling
+        levels = np.asarray(image).astype(np.int64)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError("its grey levels lie outside 0 to 65535")
+        image = Image.fromarray((levels / 257).round().astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range; convert it to 8 or 16 bits")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("L" if image_channels == 1 else "RGB")
+
+
+def to_model(images: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+    """uint8 images in [0, 255] to float32 in [-1, 1], the range of G's tanh, on `device`."""
+    return images.to(device, non_blocking=True).float() / 127.5 - 1
+
+
+def to_display(images: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1] back to [0, 1], as plots want them."""
+    return (images + 1) / 2
