@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -218,7 +220,14 @@ def image_batches(
     decode = _Decoder(image_set, image_size, image_channels, skip_unreadable)
     workers = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(batches) - 1)
     # Arrays come through pipes: tensors would take /dev/shm, of which a container may have next to nothing
-    loader = DataLoader(decode, batch_size=None, sampler=batches, collate_fn=_as_it_is, num_workers=max(0, workers))
+    loader = DataLoader(
+        decode,
+        batch_size=None,
+        sampler=batches,
+        collate_fn=_as_it_is,
+        num_workers=max(0, workers),
+        worker_init_fn=_end_with_parent,
+    )
     try:
         for pixels, positions, faults in loader:
             for fault in faults:
@@ -260,6 +269,21 @@ class _Decoder:
 
 def _as_it_is(batch: tuple) -> tuple:
     return batch
+
+
+def _end_with_parent(worker: int) -> None:
+    """Let a worker end soon after the process that started it, even if that one was killed.
+
+    DataLoader's own watch does not help a worker that is writing into a pipe that nobody reads any more.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _to_8_bit(image: Image.Image, image_channels: int) -> Image.Image:

@@ -56,8 +56,7 @@ class Config:
     weight_decay: float = 1e-5  # Adam's pull of the weights towards 0
     checkpoint_every: str = "10m"  # minutes (10m) or steps (500) between two writes of gan.pt, losses and samples
     fresh: bool = False  # start over, and replace what run_dir holds, instead of going on from there
-    sync_batchnorm: bool = False  # torchrun on GPUs: statistics over the batches of all; each alone is faster, and
-    # sees batch_size images as one process does
+    sync_batchnorm: bool = False  # under torchrun on GPUs, BatchNorm over all processes; alone each is faster
     seed: int = 0  # of the first weights, the order of the images and the latents
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda, cuda:1, cpu, ...
     precision: util.Precision = "auto"  # of the convolutions; auto: bf16 where the hardware multiplies it faster

@@ -1,10 +1,15 @@
 """What the tests share: running a script as a person does, in a process or in this one, and a tiny trained run."""
 
+import multiprocessing
 import os
+import resource
 import runpy
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,15 +20,68 @@ from network import Discriminator, Generator
 ROOT = Path(__file__).parent.parent
 TINY = ["--image-size", "32", "--ngf", "4", "--ndf", "4", "--latent-dim", "8", "--batch-size", "16", "--device", "cpu"]
 
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}  # the same on every machine: no GPU, two threads
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # where the server below imports from
 torch.set_num_threads(2)
 
+# Scripts start as children of a server that has imported what they import: a process of its own each, which can be
+# killed and limited like any other, without the seconds that importing torch takes
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["conftest", "plots", "datasets", "sklearn.datasets", "sklearn.model_selection", "tyro"])
 
-def run_process(cwd: Path, script: str, *arguments: str) -> subprocess.CompletedProcess:
-    """Run a script from a shell's point of view: its own process, with `cwd` as the working directory."""
-    command = [sys.executable, str(ROOT / script), *arguments]
-    # the same on every machine: no GPU, two threads
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+def shell_command(script: str, *arguments: str, processes: int = 1) -> list[str]:
+    """What a person types: python script ..., or torchrun ... script ... for several processes."""
+    threads = 2 // processes  # or four threads on two cores get in each other's way
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    launcher = ["env", f"OMP_NUM_THREADS={threads}", sys.executable, *(torchrun if processes > 1 else [])]
+    return [*launcher, str(ROOT / script), *arguments]
+
+
+def run_process(cwd: Path, script: str, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess:
+    """Run a script as a shell does, or several processes of it under torchrun, with `cwd` as the working directory."""
+    command = shell_command(script, *arguments, processes=processes)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@dataclass(frozen=True)
+class Started:
+    """A script at work in a process of its own."""
+
+    process: multiprocessing.Process
+    output: Path  # where its stdout and stderr go
+
+    def wait_for(self, happened: Callable[[], bool]) -> None:
+        """Wait until this holds; the process must not end before."""
+        while not happened():
+            assert self.process.is_alive(), self.output.read_text()
+            time.sleep(0.01)
+
+    def end(self) -> tuple[int, str]:
+        """Wait for the end: exit code (-9 if it was killed, ...) and what was printed."""
+        self.process.join(timeout=120)
+        return self.process.exitcode, self.output.read_text()
+
+
+def start(cwd: Path, script: str, *arguments: str, largest_file: int | None = None) -> Started:
+    """Start a script in `cwd`. It cannot write files larger than `largest_file` bytes, as if the disk were full."""
+    handle, output = tempfile.mkstemp(dir=cwd, prefix=".output-")
+    os.close(handle)
+    process = SERVER.Process(target=_be_script, args=(cwd, output, [script, *arguments], largest_file))
+    process.start()
+    return Started(process, Path(output))
+
+
+def _be_script(cwd: Path, output: str, command: list[str], largest_file: int | None) -> None:
+    os.chdir(cwd)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), stream.fileno())
+        stream.reconfigure(line_buffering=True)
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    multiprocessing.set_start_method(None, force=True)  # the platform's own again, not that of the server
+    sys.argv = command
+    runpy.run_path(str(ROOT / command[0]), run_name="__main__")
 
 
 @pytest.fixture
@@ -64,8 +122,8 @@ def digits_workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "fit_latent.py --splits validation test train_anomalies --max-images 60 --steps 20 --shard-size 40",
         "evaluate.py --bootstrap 50",
     ):
-        done = run_process(workdir, *command.split())
-        assert done.returncode == 0, done.stderr
+        code, printed = start(workdir, *command.split()).end()
+        assert code == 0, printed
     return workdir
 
 

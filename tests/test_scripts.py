@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import TINY, run_process
+from conftest import TINY, start
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
@@ -117,7 +117,7 @@ def test_latents_do_not_depend_on_batch_size(digits_workdir: Path) -> None:
     before = dict(np.load(run_dir / "latents-validation.npz"))
     again = ["--splits", "validation", "--steps", "20", "--batch-size", "5", "--max-images", "60"]
     try:
-        assert run_process(digits_workdir, "fit_latent.py", *again).returncode == 0
+        assert start(digits_workdir, "fit_latent.py", *again).end()[0] == 0
         after = dict(np.load(run_dir / "latents-validation.npz"))
     finally:
         np.savez(run_dir / "latents-validation.npz", **before)
@@ -157,9 +157,9 @@ def run_all(workdir: Path, *training: str, searching: tuple[str, ...] = ()) -> l
         ["fit_latent.py", "--steps", "5", "--device", "cpu", *searching],
         ["evaluate.py", "--bootstrap", "20", "--device", "cpu"],
     ):
-        done = run_process(workdir, *arguments)
-        assert done.returncode == 0, done.stderr
-        printed.append(done.stdout)
+        code, output = start(workdir, *arguments).end()
+        assert code == 0, output
+        printed.append(output)
     return printed
 
 

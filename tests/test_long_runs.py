@@ -1,0 +1,426 @@
+"""Faults, injected for real: kills and signals at random moments, a full disk, spoilt files, a second process.
+
+After each the same command goes on, and ends as if nothing had happened: the same weights and latents, bit by bit.
+"""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, start
+from test_util import folder
+
+import util
+
+TRAIN = ["train_gan.py", "--dataset", "digits", "--epochs", "20", "--checkpoint-every", "25", *TINY]  # 120 steps
+FIT = ["fit_latent.py", "--splits", "test", "--steps", "100", "--max-images", "320", "--shard-size", "32"]  # 10 shards
+RUN = Path("outputs/digits-1")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("whole")
+    for command in (TRAIN, FIT):
+        code, printed = start(workdir, *command).end()
+        assert code == 0, printed
+    return workdir / RUN
+
+
+@pytest.fixture
+def trained(whole: Path, tmp_path: Path) -> Path:
+    """A copy of the undisturbed run without its latents."""
+    shutil.copytree(whole, tmp_path / RUN, ignore=shutil.ignore_patterns("latents-*"))
+    return tmp_path / RUN
+
+
+def assert_same(first: object, second: object) -> None:
+    """Equal bit by bit, tensors and what holds them."""
+    assert type(first) is type(second)
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_same(first[key], second[key])
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second)
+        for one, other in zip(first, second, strict=True):
+            assert_same(one, other)
+    elif isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    else:
+        assert first == second
+
+
+def assert_same_training(run_dir: Path, whole: Path) -> None:
+    """All of gan.pt but the seconds that the training took, and the losses."""
+    states = [torch.load(path / "gan.pt", weights_only=True) for path in (run_dir, whole)]
+    assert [state.pop("seconds") > 0 for state in states] == [True, True]
+    assert_same(*states)
+    assert (run_dir / "losses.csv").read_bytes() == (whole / "losses.csv").read_bytes()
+    assert not list(run_dir.glob(f"{util.PARTIAL}*"))
+
+
+def assert_same_latents(run_dir: Path, whole: Path, split: str = "test") -> None:
+    first, second = (dict(np.load(path / f"latents-{split}.npz")) for path in (run_dir, whole))
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name])
+    assert not (run_dir / f"latents-{split}").exists() and not list(run_dir.glob(f"{util.PARTIAL}*"))
+
+
+def shards(workdir: Path) -> list[Path]:
+    """What a search has done so far."""
+    return sorted((workdir / RUN / "latents-test").glob("0*.npz"))
+
+
+def start_and_stop(cwd: Path, command: list[str], how: int, after: float | Callable[[], bool]) -> tuple[int, str]:
+    """Let a script come to its work, send it a signal some seconds later or when something has happened, and wait
+    for its end: exit code and what it printed."""
+    script = start(cwd, *command)
+    script.wait_for(lambda: "run: " in script.output.read_text())
+    if callable(after):
+        script.wait_for(after)
+    else:
+        time.sleep(after)
+    with contextlib.suppress(ProcessLookupError):  # it was faster than that
+        os.kill(script.process.pid, how)
+    return script.end()
+
+
+def finish(cwd: Path, command: list[str]) -> str:
+    """Run a script to its good end; what it printed."""
+    code, printed = start(cwd, *command).end()
+    assert code == 0, printed
+    return printed
+
+
+def test_training_killed_at_random_moments(whole: Path, tmp_path: Path) -> None:
+    moments = random.Random(0)
+    codes = [start_and_stop(tmp_path, TRAIN, signal.SIGKILL, moments.uniform(0, 2.5))[0] for _ in range(5)]
+    assert codes.count(-signal.SIGKILL) > 1
+    finish(tmp_path, TRAIN)
+    assert_same_training(tmp_path / RUN, whole)
+
+
+def test_search_killed_at_random_moments(whole: Path, trained: Path, tmp_path: Path) -> None:
+    moments = random.Random(0)
+    codes = [start_and_stop(tmp_path, FIT, signal.SIGKILL, moments.uniform(0, 1.5))[0] for _ in range(5)]
+    assert codes.count(-signal.SIGKILL) > 1
+    finish(tmp_path, FIT)
+    assert_same_latents(trained, whole)
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_training_stopped_by_a_signal(whole: Path, tmp_path: Path, how: int, code: int) -> None:
+    command = ["1000m" if word == "25" else word for word in TRAIN]  # no checkpoint but that of the signal
+    stopped, printed = start_and_stop(tmp_path, command, how, after=1)
+    assert stopped == code and "Traceback" not in printed
+    step = torch.load(tmp_path / RUN / "gan.pt", weights_only=True)["step"]
+    assert 0 < step < 120 and f"stopped after step {step} of 120" in printed
+    finish(tmp_path, TRAIN)
+    assert_same_training(tmp_path / RUN, whole)
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_search_stopped_by_a_signal(whole: Path, trained: Path, tmp_path: Path, how: int, code: int) -> None:
+    stopped, printed = start_and_stop(tmp_path, FIT, how, after=lambda: len(shards(tmp_path)) > 1)
+    assert stopped == code and "Traceback" not in printed
+    done = shards(tmp_path)
+    assert 1 < len(done) < 10
+    for shard in done:  # marked: what is done must not be done again
+        content = dict(np.load(shard))
+        content["z"][:] = 7
+        np.savez(shard, **content)
+    assert f"{len(done)} of 10 shards are done" in finish(tmp_path, FIT)
+    marked = (np.load(trained / "latents-test.npz")["z"] == 7).all(1)
+    assert marked.sum() == 32 * len(done)
+
+
+def test_full_disk(whole: Path, trained: Path, tmp_path: Path, digits_workdir: Path) -> None:
+    def no_room(command: list[str], largest_file: int) -> None:
+        code, printed = start(tmp_path, *command, largest_file=largest_file).end()
+        assert code == 1 and "error: cannot write" in printed and "Traceback" not in printed
+
+    (trained / "gan.pt").unlink()
+    no_room(TRAIN, 20_000)
+    assert not list(trained.glob("*gan.pt")) and not list(trained.glob(f"{util.PARTIAL}*"))
+    finish(tmp_path, ["15" if word == "20" else word for word in TRAIN])
+    before = (trained / "gan.pt").read_bytes()
+    no_room(TRAIN, len(before) // 2)
+    assert (trained / "gan.pt").read_bytes() == before
+    finish(tmp_path, TRAIN)
+    assert_same_training(trained, whole)
+
+    shutil.copy(whole / "gan.pt", trained / "gan.pt")
+    no_room(FIT, 1000)
+    no_room(FIT, 8000)  # room for the shards, not for all of them in one file
+    assert len(shards(tmp_path)) == 10
+    finish(tmp_path, FIT)
+    assert_same_latents(trained, whole)
+
+    run_dir = tmp_path / "outputs/digits-0"
+    shutil.copytree(digits_workdir / "outputs/digits-0", run_dir)
+    before = {path.name: path.read_bytes() for path in run_dir.glob("*")}
+    no_room(["evaluate.py", "--run-dir", "outputs/digits-0", "--quantile", "0.9", "--device", "cpu"], 1000)
+    assert before == {path.name: path.read_bytes() for path in run_dir.glob("*")}
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs a folder that not even root may write to")
+def test_folder_that_cannot_be_written(fails: Callable[..., str]) -> None:
+    message = fails("train_gan.py", "--dataset", "digits", "--epochs", "1", "--run-dir", "/sys/kernel", *TINY)
+    assert "/sys/kernel" in message
+
+
+def test_second_process_is_refused(trained: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
+    first = start(tmp_path, *FIT)
+    first.wait_for(lambda: len(shards(tmp_path)) > 0)
+    try:
+        for command in (FIT, ["evaluate.py"], [*TRAIN, "--fresh"]):
+            assert f"another process is at work in {RUN}" in fails(*command)
+    finally:
+        first.process.kill()
+        first.end()
+    with util.run_folder(trained):  # the lock of the dead binds nobody, though its workers may live on a while
+        pass
+
+
+def test_image_that_vanishes_during_the_search(
+    tmp_path: Path, run_here: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = folder(tmp_path / "set", {"train/good": 10, "test/good": 40})
+    run_here("train_gan.py", "--dataset", "set", "--normal-class", "good", "--epochs", "1", *TINY)
+    fit = ["fit_latent.py", "--splits", "test", "--steps", "100", "--shard-size", "2", "--batch-size", "2"]
+    run_here(*fit, "--device", "cpu")
+    run_dir, path = Path("outputs/set-good"), root / "test/good/39.png"
+    shutil.copytree(run_dir, "whole")
+    (run_dir / "latents-test.npz").unlink()
+
+    search = start(tmp_path, *fit, "--device", "cpu")
+    search.wait_for((run_dir / "latents-test/000000.npz").exists)  # every image was read once by now
+    path.rename(tmp_path / "39.png")
+    code, printed = search.end()
+    assert code == 1 and "error: cannot read the image test/good/39.png" in printed and "Traceback" not in printed
+    (tmp_path / "39.png").rename(path)
+    run_here(*fit, "--device", "cpu")
+    assert "of 20 shards are done" in capsys.readouterr().out
+    assert_same_latents(run_dir, Path("whole"))
+
+
+@pytest.mark.parametrize("kept", [0, 30, 0.5, -1])
+def test_files_cut_short(
+    whole: Path,
+    trained: Path,
+    tmp_path: Path,
+    fails: Callable[..., str],
+    run_here: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    kept: float,
+) -> None:
+    """Every kind of file that a script reads, cut at several lengths."""
+
+    def cut(path: Path) -> None:
+        content = path.read_bytes()
+        path.write_bytes(content[: int(kept * len(content)) if 0 < kept < 1 else kept])
+
+    # a shard is searched again, and nothing else
+    start_and_stop(tmp_path, FIT, signal.SIGKILL, after=lambda: len(shards(tmp_path)) > 1)
+    done = shards(tmp_path)
+    cut(done[0])
+    run_here(*FIT)
+    printed = capsys.readouterr().out
+    assert f"{done[0].name} is damaged" in printed and printed.count("searching it again") == 1
+    assert_same_latents(trained, whole)
+    # so is a split
+    cut(trained / "latents-test.npz")
+    assert "latents-validation.npz is missing" in fails("evaluate.py")
+    run_here(*FIT)
+    assert "latents-test.npz is damaged" in capsys.readouterr().out
+    assert_same_latents(trained, whole)
+    # a run.json is named before any work is done
+    record = (trained / "run.json").read_bytes()
+    cut(trained / "run.json")
+    if kept != -1:  # its last byte is a line break
+        for command in (TRAIN, FIT, ["evaluate.py"]):
+            assert "run.json is damaged" in fails(*command)
+    (trained / "run.json").write_bytes(record)
+    # a gan.pt is refused, and starts over with --fresh only
+    cut(trained / "gan.pt")
+    spoilt = (trained / "gan.pt").read_bytes()
+    assert "gan.pt is damaged" in fails(*TRAIN) and "gan.pt is damaged" in fails(*FIT)
+    assert (trained / "gan.pt").read_bytes() == spoilt
+
+
+def test_flipped_bytes(whole: Path, trained: Path) -> None:
+    """Wherever a bit flips, a file is refused or says what it said before."""
+    device, places, refused = torch.device("cpu"), random.Random(0), 0
+    gan = util.load_gan(whole, device)
+    good = {name: getattr(gan, name).state_dict() for name in ("generator", "discriminator")}
+    latents = util.read_latents(whole / "latents-test.npz", "test", gan)
+    for name in ("gan.pt", "latents-test.npz"):
+        content = (whole / name).read_bytes()
+        for _ in range(150):
+            spoilt = bytearray(content)
+            spoilt[places.randrange(len(content))] ^= 1 << places.randrange(8)
+            (trained / name).write_bytes(spoilt)
+            try:
+                if name == "gan.pt":
+                    found = util.load_gan(trained, device)
+                    assert_same({part: getattr(found, part).state_dict() for part in good}, good)
+                    with util.reading_gan(trained) as (state, _), util.reading_gan(whole) as (expected, _):
+                        assert_same(state, expected)
+                else:
+                    found = util.read_latents(trained / name, "test", gan)
+                    for key in util.PER_IMAGE:
+                        np.testing.assert_array_equal(found[key], latents[key])
+            except util.InputError:
+                refused += 1
+    assert refused > 200
+
+
+def test_swapped_files(whole: Path, trained: Path, fails: Callable[..., str]) -> None:
+    shutil.copy(whole / "latents-test.npz", trained / "latents-validation.npz")
+    assert "holds the split 'test', not 'validation'" in fails("evaluate.py")
+    shutil.copy(whole / "latents-test.npz", trained / "gan.pt")
+    for command in (TRAIN, FIT, ["evaluate.py"]):
+        assert "gan.pt is damaged or was not written by this train_gan.py" in fails(*command)
+
+
+def test_shards_of_other_settings_are_searched_again(
+    trained: Path, tmp_path: Path, run_here: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    start_and_stop(tmp_path, FIT, signal.SIGKILL, after=lambda: len(shards(tmp_path)) > 1)
+    done = len(shards(tmp_path))
+    run_here(*["20" if word == "100" else word for word in FIT])
+    assert capsys.readouterr().out.count("was fitted with other settings: searching it again") == done > 0
+    gan = util.load_gan(trained, torch.device("cpu"))
+    assert util.read_latents(trained / "latents-test.npz", "test", gan)["search"]["steps"] == 20
+
+
+def test_a_finished_search_is_not_done_again(
+    whole: Path, trained: Path, run_here: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(whole / "latents-test.npz", trained)
+    shutil.copytree(trained, trained / "latents-test")  # killed after the merge, before the shards were removed
+    monkeypatch.setattr(torch.Tensor, "backward", None)
+    run_here(*FIT)
+    assert_same_latents(trained, whole)
+
+
+def test_training_goes_on_to_more_epochs(whole: Path, tmp_path: Path, run_here: Callable[..., None]) -> None:
+    run_here(*["11" if word == "20" else word for word in TRAIN])
+    run_here(*TRAIN)
+    first, second = (torch.load(path / "gan.pt", weights_only=True) for path in (RUN, whole))
+    for name in ("generator", "discriminator", "optimizer_g", "optimizer_d", "history", "step"):
+        assert_same(first[name], second[name])
+
+
+def test_a_finished_training_is_not_done_again(
+    trained: Path, run_here: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {name: (trained / name).read_bytes() for name in ("gan.pt", "run.json", "samples.png", "samples.gif")}
+    (trained / "samples.png").unlink()  # killed after gan.pt, before the pictures
+    run_here(*TRAIN)
+    assert "nothing left to train; --fresh starts over" in capsys.readouterr().out
+    assert before == {name: (trained / name).read_bytes() for name in before}
+
+
+def test_other_settings_are_refused_by_name(trained: Path, fails: Callable[..., str]) -> None:
+    before = (trained / "gan.pt").read_bytes()
+    message = fails(*TRAIN, "--lr", "1e-3", "--ngf", "5")
+    assert "lr 0.0002, not 0.001; ngf 4, not 5" in message and "--fresh" in message and "epochs" not in message
+    assert (trained / "gan.pt").read_bytes() == before
+
+
+def test_other_images_are_refused(tmp_path: Path, run_here: Callable[..., None], fails: Callable[..., str]) -> None:
+    root = folder(tmp_path / "set", {"train/good": 10, "test/good": 1})
+    command = ["train_gan.py", "--dataset", "set", "--normal-class", "good", "--epochs", "2", *TINY]
+    run_here(*command)
+    shutil.copy(root / "train/good/01.png", root / "train/good/00.png")
+    message = fails(*command)
+    assert message.count(";") == 0 and "training_images 8 with checksum" in message
+
+
+def test_fresh_starts_over(
+    whole: Path, trained: Path, run_here: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = (trained / "gan.pt").read_bytes()
+    (trained / "gan.pt").write_bytes(content[:1000])  # what cannot be gone on with
+    run_here(*TRAIN, "--fresh")
+    assert f"starting over: this replaces {RUN / 'gan.pt'}" in capsys.readouterr().out
+    assert_same_training(trained, whole)
+
+
+def test_divergence_keeps_the_last_good_checkpoint(
+    tmp_path: Path, run_here: Callable[..., None], fails: Callable[..., str]
+) -> None:
+    """NaN in a picture of the second epoch stands for any training that blows up late."""
+    run_here(*["3" if word == "20" else word for word in TRAIN])
+    state = torch.load(RUN / "gan.pt", weights_only=True)
+    state["optimizer_g"]["param_groups"][0]["lr"] = 1e38
+    state["optimizer_g"]["state"][0]["exp_avg"][:] = 1e38
+    torch.save(state, RUN / "gan.pt")
+    before = (RUN / "gan.pt").read_bytes()
+    message = fails(*TRAIN)
+    assert "diverged at step" in message and f"{RUN / 'gan.pt'} keeps step 18" in message
+    step = int(message.split("diverged at step ")[1].split()[0])
+    assert 19 <= step <= 25
+    assert (RUN / "gan.pt").read_bytes() == before
+
+
+def test_memory_does_not_grow_with_the_number_of_images(
+    tmp_path: Path, run_here: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = folder(tmp_path / "set", {"train/good": 10, "test/good": 1})
+    for i in range(20_000):  # 61 MB once decoded
+        (root / f"test/good/{i:05d}.png").hardlink_to(root / "test/good/00.png")
+    run_here("train_gan.py", "--dataset", "set", "--normal-class", "good", "--epochs", "1", *TINY)
+    peaks = []
+    for count in (500, 20_000):
+        flags = ["--splits", "test", "--max-images", str(count), "--steps", "1", "--candidates", "10"]
+        finish(tmp_path, ["fit_latent.py", *flags, "--batch-size", "256", "--device", "cpu"])
+        peaks.append(util.read_record(tmp_path / "outputs/set-good")["fit_latent"]["peak_memory_mib"])
+    assert peaks[1] < 1.1 * peaks[0]
+
+
+NASTY = ["-1", "0", "nan", "inf", "-inf", "1e400", "", " ", "abc", "0.5", "7", "9" * 30, "é", "\n", "--", "None"]
+
+
+def test_bad_flags_never_end_in_a_traceback(
+    whole: Path, trained: Path, run_here: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A seeded loop over flags and values: each run ends well, or with a line that names the trouble, or in usage."""
+    shutil.copy(whole / "latents-test.npz", trained)
+    draw, refused = random.Random(0), 0
+    flags = {
+        "train_gan.py": "image-size latent-dim batch-size generator-steps lr weight-decay checkpoint-every seed "
+        "precision normal-class dataset device",
+        "fit_latent.py": "splits max-images steps lr discrimination-weight candidates batch-size shard-size seed "
+        "precision device run-dir",
+        "evaluate.py": "quantile bootstrap batch-size seed device run-dir",
+    }
+    base = {
+        "train_gan.py": ["--dataset", "digits", "--epochs", "1", *TINY, "--run-dir", "outputs/other", "--fresh"],
+        "fit_latent.py": ["--splits", "test", "--steps", "1", "--max-images", "5", "--run-dir", str(RUN)],
+        "evaluate.py": ["--run-dir", str(RUN)],
+    }
+    for _ in range(90):
+        script = draw.choice(list(flags))
+        flag, value = f"--{draw.choice(flags[script].split())}", draw.choice(NASTY)
+        try:
+            run_here(script, *base[script], flag, value)
+        except SystemExit as stopped:
+            refused += 1
+            if isinstance(stopped.code, str):
+                assert stopped.code.startswith("error: ") and "\n" not in stopped.code, (script, flag, value)
+            else:
+                assert stopped.code == 2, (script, flag, value)  # tyro's usage message
+    assert 30 < refused < 90
+    assert not [path for path in Path("outputs").rglob("*") if path.name.startswith(util.PARTIAL)]

@@ -1,0 +1,156 @@
+"""Two processes under torchrun, with gloo on the CPU: what they share, and what one of them may cost the other."""
+
+import copy
+import math
+import os
+import shutil
+import signal
+import subprocess
+import time
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, run_process, shell_command, start
+from test_long_runs import assert_same_latents, assert_same_training
+from torch.nn.functional import logsigmoid
+
+import datasets
+import train_gan
+import util
+from network import Discriminator, Generator, initialise_weights
+
+TRAIN = ["train_gan.py", "--dataset", "digits", "--checkpoint-every", "25", "--precision", "fp32", *TINY]
+TRAIN += ["--batch-size", "8"]  # in each process
+FIT = ["fit_latent.py", "--splits", "test", "--steps", "60", "--max-images", "320", "--shard-size", "32"]
+RUN = Path("outputs/digits-1")
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("together")
+    for command in ([*TRAIN, "--epochs", "20"], FIT):
+        done = run_process(workdir, *command, processes=2)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("run: ") == done.stdout.count("next: ") == 1  # rank 0 alone prints ...
+        assert done.stderr.count("100%|") <= 1 and "Traceback" not in done.stderr  # ... and draws a bar
+    return workdir / RUN
+
+
+def test_same_latents_from_one_process_or_two(together: Path, tmp_path: Path) -> None:
+    shutil.copytree(together, tmp_path / RUN, ignore=shutil.ignore_patterns("latents-*"))
+    code, printed = start(tmp_path, *FIT).end()
+    assert code == 0, printed
+    assert_same_latents(tmp_path / RUN, together)
+
+
+def test_gradients_are_averaged(tmp_path: Path) -> None:
+    """Six steps of two processes against two copies of the networks in this one, their gradients averaged by hand."""
+    done = run_process(tmp_path, *TRAIN, "--epochs", "1", processes=2)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / RUN / "gan.pt", weights_only=True)
+
+    config = train_gan.Config(latent_dim=8)
+    images = datasets.load_images(datasets.open_split("digits", "train", "1"), 32, 1)[0]
+    torch.manual_seed(0)
+    generators = [Generator(32, 1, 8, 4).apply(initialise_weights)]
+    discriminators = [Discriminator(32, 1, 4).apply(initialise_weights)]
+    for networks in (generators, discriminators):
+        networks.append(copy.deepcopy(networks[0]))
+    optimizers = {
+        network: train_gan.prepare(network, config, torch.device("cpu"))[0] for network in generators + discriminators
+    }
+
+    def step(networks: list, losses: list[torch.Tensor]) -> None:
+        for network, loss in zip(networks, losses, strict=True):
+            optimizers[network].zero_grad()
+            loss.backward()
+        for weights in zip(*(network.parameters() for network in networks), strict=True):
+            mean = (weights[0].grad + weights[1].grad) / 2
+            for weight in weights:
+                weight.grad = mean.clone()
+        for network in networks:
+            optimizers[network].step()
+
+    random = [torch.Generator(), torch.Generator()]
+    batches = [train_gan.real_batches(images, 8, 0, 0, rank, 2) for rank in range(2)]
+    for number, reals in enumerate(islice(zip(*batches, strict=False), 6)):
+        for rank in range(2):
+            random[rank].manual_seed(util.seed_of(0, train_gan.NOISE, number, rank))
+        for optimizer in optimizers.values():  # a cosine over 15 epochs of 6 steps
+            optimizer.param_groups[0]["lr"] = 1e-4 * (1 + math.cos(math.pi * max(0, number - 1) / 90))
+
+        def draw() -> list[torch.Tensor]:
+            return [g(torch.randn(8, 8, generator=r)) for g, r in zip(generators, random, strict=True)]
+
+        fakes = draw()
+        step(
+            discriminators,
+            [
+                -logsigmoid(d(real)).mean() - logsigmoid(-d(fake.detach())).mean()
+                for d, real, fake in zip(discriminators, reals, fakes, strict=True)
+            ],
+        )
+        for i in range(3):
+            fakes = draw() if i else fakes
+            step(generators, [-logsigmoid(d(fake)).mean() for d, fake in zip(discriminators, fakes, strict=True)])
+
+    for name, network in (("generator", generators[0]), ("discriminator", discriminators[0])):
+        for key, weight in network.named_parameters():
+            difference = (found[name][key] - weight.detach()).abs()
+            assert difference.mean() < 1e-5  # after 6 or 18 steps of 2e-4
+
+
+def start_together(cwd: Path, *command: str) -> subprocess.Popen:
+    """Start a script in two processes under torchrun."""
+    with (cwd / "output").open("w") as output:
+        return subprocess.Popen(shell_command(*command, processes=2), cwd=cwd, stdout=output, stderr=output)
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    """The process numbers of what torchrun started, rank 0 first."""
+    return [int(number) for number in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds torchrun's processes in /proc")
+def test_a_rank_that_dies_costs_what_it_had_under_way(together: Path, tmp_path: Path) -> None:
+    shutil.copytree(together, tmp_path / RUN, ignore=shutil.ignore_patterns("latents-*"))
+    shards = tmp_path / RUN / "latents-test"
+    process = start_together(tmp_path, *FIT)
+    while len(list(shards.glob("0*.npz"))) < 3:
+        assert process.poll() is None, (tmp_path / "output").read_text()
+        time.sleep(0.01)
+    os.kill(children(process)[1], signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
+    done = {path: path.read_bytes() for path in shards.glob("0*.npz")}
+    assert 3 <= len(done) < 10
+    again = run_process(tmp_path, *FIT, processes=2)
+    assert again.returncode == 0 and f"{len(done)} of 10 shards are done" in again.stdout, again.stderr
+    assert_same_latents(tmp_path / RUN, together)
+
+
+def test_training_together_goes_on_after_a_stop(together: Path, tmp_path: Path) -> None:
+    command = [*TRAIN, "--epochs", "20"]
+    process = start_together(tmp_path, *command)
+    while "run: " not in (tmp_path / "output").read_text():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(1)
+    process.terminate()  # torchrun passes it on to both
+    assert process.wait(timeout=60) != 0
+    step = torch.load(tmp_path / RUN / "gan.pt", weights_only=True)["step"]
+    assert 0 < step < 120 and f"stopped after step {step} of 120" in (tmp_path / "output").read_text()
+    # other settings: one process sees other batches
+    alone = start(tmp_path, *command).end()
+    assert alone[0] == 1 and "processes 2, not 1" in alone[1]
+    done = run_process(tmp_path, *command, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert_same_training(tmp_path / RUN, together)
+
+
+def test_bad_input_is_named_by_a_line(tmp_path: Path) -> None:
+    done = run_process(tmp_path, *TRAIN, "--lr", "-1", processes=2)
+    assert done.returncode != 0 and "error: --lr must be at least 0, not -1.0" in done.stderr
+    assert not list(tmp_path.iterdir())
