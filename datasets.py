@@ -1,6 +1,7 @@
 """Images in: the data sets, their four splits, and decoding to uint8, batch by batch in worker processes."""
 
 import dataclasses
+import hashlib
 import os
 import sys
 import threading
@@ -36,6 +37,11 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of which images these are, in this order; not of their pixels."""
+        names = "\n".join(self.source).encode("utf-8", "surrogateescape")
+        return hashlib.sha256(self.index.tobytes() + self.label.tobytes() + names).hexdigest()
 
     def open(self, row: int) -> Image.Image:
         """The image at this position of the set, as Pillow opens it."""

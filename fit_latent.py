@@ -10,6 +10,7 @@ is done lies in shards in latents-<split>/: however it was stopped, the same com
 Next: python evaluate.py
 """
 
+import json
 import shutil
 import time
 import zipfile
@@ -144,10 +145,10 @@ def why_redo(
         return str(error)
     if latents["search"] != search:
         return f"{path} was fitted with other settings"
-    if skip_unreadable:  # then those that could not be read lack
-        images = images.take(np.isin(images.index, latents["index"]))
-    if not all(np.array_equal(latents[name], getattr(images, name)) for name in ("index", "label", "source")):
+    if latents["asked_for"] != images.fingerprint():
         return f"{path} holds other images"
+    if len(latents["index"]) < len(images) and not skip_unreadable:
+        return f"{path} lacks images that could not be read"
     return None
 
 
@@ -252,11 +253,14 @@ def fit_shards(
             raise util.InputError(f"the search of {split} diverged or gan.pt did: lower --lr, or train again")
         arrays = {"z": z, "residual": residual, "discrimination": discrimination}
         arrays |= {name: getattr(image_set, name)[positions] for name in ("label", "index", "source")}
-        util.write_latents(path, split, gan, search, arrays)
+        asked_for = image_set.take(shards[path]).fingerprint()
+        util.write_latents(
+            path, arrays, split=split, gan=gan.fingerprint, search=json.dumps(search), asked_for=asked_for
+        )
     bar.close()
 
 
-def merge_shards(path: Path, shards: list[Path], split: str, gan: util.TrainedGAN) -> None:
+def merge_shards(path: Path, shards: list[Path], split: str, gan: util.TrainedGAN, asked_for: str) -> None:
     """Write the latents of all shards, in this order, to one file that `util.read_latents` reads.
 
     Never holds more than one shard. Raises InputError if a shard is not what it was when it was written.
@@ -266,10 +270,11 @@ def merge_shards(path: Path, shards: list[Path], split: str, gan: util.TrainedGA
         return (util.read_latents(shard, split, gan)[name] for shard in shards)
 
     with util.replacing(path) as partial, zipfile.ZipFile(partial, "w") as merged:
-        with np.load(shards[0]) as first:
-            for name in ("split", "gan", "search"):  # the same for every shard
-                with merged.open(f"{name}.npy", "w") as member:
-                    np.lib.format.write_array(member, first[name])
+        with np.load(shards[0]) as first:  # of these settings, as all are
+            about = {name: first[name] for name in util.ABOUT} | {"asked_for": np.array(asked_for)}
+        for name, value in about.items():
+            with merged.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array(member, value)
         for name in util.PER_IMAGE:
             shapes, kinds = zip(*((piece.shape, piece.dtype) for piece in pieces(name)), strict=True)
             header = {
@@ -334,7 +339,7 @@ def main(config: Config) -> None:
                 done = [shard for shard in shards if shard.exists()]
                 if not done:
                     raise util.InputError(f"none of the {len(image_set)} images of the split {split} can be read")
-                merge_shards(path, done, split, gan)
+                merge_shards(path, done, split, gan, image_set.fingerprint())
                 parts = (util.read_latents(shard, split, gan) for shard in done)
                 losses = np.concatenate(
                     [

@@ -247,7 +247,7 @@ def train(
     history: list[torch.Tensor] = []  # blocks (steps, 4): D loss, G loss, P(real) and P(fake) of every step
     frames: list[bytes] = []  # PNG files: G of the same 64 latents as training goes on
     if path.exists() and config.fresh:
-        print(f"starting over: this replaces {path}, and latents and scores that belong to it no longer will")
+        print(f"starting over: replaces {path}, its losses and samples; latents fitted with it will no longer do")
     elif path.exists():
         with util.reading_gan(run_dir) as (state, _):
             step, seconds_before, history, frames = state["step"], state["seconds"], [state["history"]], state["frames"]
@@ -265,7 +265,8 @@ def train(
         if not all(tensor.isfinite().all() for network in networks for tensor in network.state_dict().values()):
             raise diverged("a weight", step)
         seconds = seconds_before + time.monotonic() - started
-        util.record_run(run_dir, "train_gan", config, device, seconds, **settings, steps=step)
+        facts = {name: settings[name] for name in ("precision", "processes", "training_images")}
+        util.record_run(run_dir, "train_gan", config, device, seconds, steps=step, **facts)
         state = {
             "config": settings,
             "classes": normal.classes,

@@ -28,7 +28,8 @@ from network import Discriminator, Generator, fold_batchnorm
 
 Precision = Literal["auto", "bf16", "fp32"]
 PARTIAL = ".partial-"  # how the names of half-written files begin
-PER_IMAGE = ("z", "residual", "discrimination", "label", "index", "source")  # arrays of latents-<split>.npz
+PER_IMAGE = ("z", "residual", "discrimination", "label", "index", "source")  # arrays of latents-<split>.npz ...
+ABOUT = ("split", "gan", "search", "asked_for")  # ... and what it says about them all
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
@@ -322,19 +323,14 @@ def load_gan(run_dir: Path, device: torch.device) -> TrainedGAN:
     return gan
 
 
-def write_latents(path: Path, split: str, gan: TrainedGAN, search: dict, arrays: dict[str, np.ndarray]) -> None:
-    """Write a file of latents: of each image what PER_IMAGE names, and of them all split, GAN and search settings.
+def write_latents(path: Path, arrays: dict[str, np.ndarray], **about: str) -> None:
+    """Write a file of latents: of each image what PER_IMAGE names, and about them all what ABOUT names.
 
-    z is (N, latent_dim), the others are (N,).
+    z is (N, latent_dim), the others are (N,). `search` are settings as JSON; `gan` and `asked_for` are fingerprints,
+    of gan.pt and of the set of images, which has more than N if some could not be read.
     """
     with replacing(path) as partial:
-        np.savez(
-            partial,
-            **{name: arrays[name] for name in PER_IMAGE},
-            split=split,
-            gan=gan.fingerprint,
-            search=json.dumps(search),
-        )
+        np.savez(partial, **{name: arrays[name] for name in PER_IMAGE}, **{name: about[name] for name in ABOUT})
 
 
 def read_latents(path: Path, split: str, gan: TrainedGAN) -> dict[str, Any]:
@@ -354,13 +350,13 @@ def read_latents(path: Path, split: str, gan: TrainedGAN) -> dict[str, Any]:
         count = len(latents["z"])
         whole = latents["z"].shape == (count, gan.latent_dim) and shapes == {(count,)} and count > 0
         whole = whole and all(np.isfinite(latents[name]).all() for name in ("z", "residual", "discrimination"))
-        belongs = {name: str(latents[name]) for name in ("split", "gan")}
+        latents |= {name: str(latents[name]) for name in ("split", "gan", "asked_for")}
     except Exception as error:  # zipfile and numpy raise almost anything on damaged bytes
         raise InputError(f"{path} is damaged or was not written by this fit_latent.py ({error})") from error
-    if belongs["gan"] != gan.fingerprint:
+    if latents["gan"] != gan.fingerprint:
         raise InputError(f"{path} belongs to another gan.pt than the one that is there now")
-    if belongs["split"] != split:
-        raise InputError(f"{path} holds the split {belongs['split']!r}, not {split!r}")
+    if latents["split"] != split:
+        raise InputError(f"{path} holds the split {latents['split']!r}, not {split!r}")
     if not whole:
         raise InputError(f"{path} holds arrays of the wrong shape, no image, or numbers that are not finite")
     return latents

@@ -304,6 +304,16 @@ def test_shards_of_other_settings_are_searched_again(
     assert util.read_latents(trained / "latents-test.npz", "test", gan)["search"]["steps"] == 20
 
 
+def test_more_images_are_searched_anew(
+    whole: Path, trained: Path, run_here: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Images that were not asked for are not taken for such as could not be read."""
+    run_here(*FIT, "--max-images", "50", "--skip-unreadable")
+    run_here(*FIT, "--skip-unreadable")
+    assert "latents-test.npz holds other images: searching again" in capsys.readouterr().out
+    assert_same_latents(trained, whole)
+
+
 def test_a_finished_search_is_not_done_again(
     whole: Path, trained: Path, run_here: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,7 +364,7 @@ def test_fresh_starts_over(
     content = (trained / "gan.pt").read_bytes()
     (trained / "gan.pt").write_bytes(content[:1000])  # what cannot be gone on with
     run_here(*TRAIN, "--fresh")
-    assert f"starting over: this replaces {RUN / 'gan.pt'}" in capsys.readouterr().out
+    assert f"starting over: replaces {RUN / 'gan.pt'}" in capsys.readouterr().out
     assert_same_training(trained, whole)
 
 
