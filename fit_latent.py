@@ -14,7 +14,7 @@ import json
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -260,32 +260,32 @@ def fit_shards(
     bar.close()
 
 
-def merge_shards(path: Path, shards: list[Path], split: str, gan: util.TrainedGAN, asked_for: str) -> None:
-    """Write the latents of all shards, in this order, to one file that `util.read_latents` reads.
+def merge_shards(path: Path, shards: list[Path], split: str, gan: util.TrainedGAN, asked_for: str) -> np.ndarray:
+    """Write the latents of all shards, in this order, to one file that `util.read_latents` reads; their A(x) (N,).
 
     Never holds more than one shard. Raises InputError if a shard is not what it was when it was written.
     """
-
-    def pieces(name: str) -> Iterator[np.ndarray]:
-        return (util.read_latents(shard, split, gan)[name] for shard in shards)
-
+    scores, shapes, kinds = [], [], []
+    for shard in shards:
+        latents = util.read_latents(shard, split, gan)
+        weight = latents["search"]["discrimination_weight"]
+        scores.append(util.anomaly_score(latents["residual"], latents["discrimination"], weight))
+        shapes.append({name: latents[name].shape for name in util.PER_IMAGE})
+        kinds.append({name: latents[name].dtype for name in util.PER_IMAGE})
+    about = {"split": split, "gan": gan.fingerprint, "search": json.dumps(latents["search"]), "asked_for": asked_for}
     with util.replacing(path) as partial, zipfile.ZipFile(partial, "w") as merged:
-        with np.load(shards[0]) as first:  # of these settings, as all are
-            about = {name: first[name] for name in util.ABOUT} | {"asked_for": np.array(asked_for)}
-        for name, value in about.items():
+        for name in util.ABOUT:
             with merged.open(f"{name}.npy", "w") as member:
-                np.lib.format.write_array(member, value)
+                np.lib.format.write_array(member, np.array(about[name]))
         for name in util.PER_IMAGE:
-            shapes, kinds = zip(*((piece.shape, piece.dtype) for piece in pieces(name)), strict=True)
-            header = {
-                "shape": (sum(shape[0] for shape in shapes), *shapes[0][1:]),
-                "descr": np.lib.format.dtype_to_descr(np.result_type(*kinds)),  # names are as long as the longest
-                "fortran_order": False,
-            }
+            kind = np.result_type(*(each[name] for each in kinds))  # names are as long as the longest
+            shape = (sum(each[name][0] for each in shapes), *shapes[0][name][1:])
+            header = {"shape": shape, "descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False}
             with merged.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array_header_1_0(member, header)
-                for piece in pieces(name):
-                    member.write(piece.astype(header["descr"]).tobytes())
+                for shard in shards:
+                    member.write(util.read_latents(shard, split, gan)[name].astype(kind).tobytes())
+    return np.concatenate(scores)
 
 
 def main(config: Config) -> None:
@@ -339,20 +339,13 @@ def main(config: Config) -> None:
                 done = [shard for shard in shards if shard.exists()]
                 if not done:
                     raise util.InputError(f"none of the {len(image_set)} images of the split {split} can be read")
-                merge_shards(path, done, split, gan, image_set.fingerprint())
-                parts = (util.read_latents(shard, split, gan) for shard in done)
-                losses = np.concatenate(
-                    [
-                        util.anomaly_score(part["residual"], part["discrimination"], search["discrimination_weight"])
-                        for part in parts
-                    ]
-                )
+                scores = merge_shards(path, done, split, gan, image_set.fingerprint())
                 shutil.rmtree(folder)
-                if skipped := len(image_set) - len(losses):
+                if skipped := len(image_set) - len(scores):
                     print(f"skipped {skipped} of {len(image_set)} images, which cannot be read")
-                print(f"{split}: {len(losses)} images, mean loss {losses.mean():.1f}")
+                print(f"{split}: {len(scores)} images, mean loss {scores.mean():.1f}")
                 searched = sum(map(len, missing.values()))
-                fitted[split] = {"images": len(losses), "searched": searched, "mean_loss": float(losses.mean())}
+                fitted[split] = {"images": len(scores), "searched": searched, "mean_loss": float(scores.mean())}
         if rank == 0 and fitted:
             seconds = time.monotonic() - started
             util.record_run(
