@@ -2,10 +2,10 @@
 
 import dataclasses
 import hashlib
+import multiprocessing
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from torchvision.datasets.folder import make_dataset
 from torchvision.transforms import CenterCrop, Compose, Resize
 from tqdm import tqdm
 
+import util
 from util import InputError
 
 SPLITS = ("train", "validation", "test", "train_anomalies")
@@ -68,7 +69,8 @@ def open_dataset(dataset: str, part: str) -> ImageSet:
 
 def _open_cifar10(part: str) -> ImageSet:
     try:
-        cifar10 = torchvision.datasets.CIFAR10(root="data", train=part == "train", download=True)
+        with util.first_here_first():
+            cifar10 = torchvision.datasets.CIFAR10(root="data", train=part == "train", download=True)
     except (OSError, RuntimeError) as error:
         raise InputError(
             f"CIFAR-10 is not in data/ and cannot be downloaded ({error}): put cifar-10-python.tar.gz into data/ "
@@ -192,16 +194,17 @@ def load_images(
     See `image_batches`, which holds no more than a few batches.
     """
     batches = chunks(range(len(image_set)), 64)
-    bar = {"leave": False, "delay": 1, "disable": None}  # only on a terminal, and if it takes longer than a second
-    decoded = tqdm(
-        image_batches(image_set, batches, image_size, image_channels, skip_unreadable), "reading", len(batches), **bar
-    )
+    # a bar only on a terminal, and if it takes longer than a second
+    bar = {"leave": False, "delay": 1, "disable": True if util.rank() else None}
+    decoded = image_batches(image_set, batches, image_size, image_channels, skip_unreadable)
     pixels = torch.empty(len(image_set), image_channels, image_size, image_size, dtype=torch.uint8)
     count, readable = 0, [np.empty(0, np.int64)]
-    for batch, positions in decoded:
+    for batch, positions, faults in tqdm(decoded, "reading", len(batches), **bar):
         pixels[count : count + len(batch)] = batch
         count += len(batch)
         readable.append(positions)
+        if util.rank() == 0:  # the others read the same
+            name_skipped(faults)
     return pixels[:count], image_set.take(np.concatenate(readable))
 
 
@@ -216,12 +219,12 @@ def image_batches(
     image_size: int,
     image_channels: int,
     skip_unreadable: bool = False,
-) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+) -> Iterator[tuple[torch.Tensor, np.ndarray, list[str]]]:
     """Decode these rows of a set, in order, in worker processes that run a few batches ahead.
 
-    Yields for each the uint8 (N, image_channels, image_size, image_size) and the images' positions in the set (N,).
-    The shorter side is resized to `image_size` (antialiased bilinear), then the centre is cut out. Raises InputError
-    for an image that cannot be read, or with `skip_unreadable` names it on stderr and leaves it out.
+    Yields for each the uint8 (N, image_channels, image_size, image_size), the images' positions in the set (N,), and
+    what is wrong with those that are left out. The shorter side is resized to `image_size` (antialiased bilinear), then
+    the centre is cut out. Raises InputError for an image that cannot be read, unless `skip_unreadable` leaves it out.
     """
     decode = _Decoder(image_set, image_size, image_channels, skip_unreadable)
     workers = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(batches) - 1)
@@ -234,15 +237,16 @@ def image_batches(
         num_workers=max(0, workers),
         worker_init_fn=_end_with_parent,
     )
-    try:
-        for pixels, positions, faults in loader:
-            for fault in faults:
-                if not skip_unreadable:
-                    raise InputError(f"cannot read the image {fault}: mend it, or use --skip-unreadable")
-                tqdm.write(f"skipped, cannot be read: {fault}", file=sys.stderr)
-            yield torch.from_numpy(pixels), positions
-    except RuntimeError as error:  # DataLoader's way to say that a worker was killed
-        raise InputError(f"a process that decodes images ended ({error}): is there enough memory?") from error
+    for pixels, positions, faults in loader:
+        if faults and not skip_unreadable:
+            raise InputError(f"cannot read the image {faults[0]}: mend it, or use --skip-unreadable")
+        yield torch.from_numpy(pixels), positions, faults
+
+
+def name_skipped(faults: list[str]) -> None:
+    """Name on stderr the images that `image_batches` has left out."""
+    for fault in faults:
+        tqdm.write(f"skipped, cannot be read: {fault}", file=sys.stderr)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,15 +282,13 @@ def _as_it_is(batch: tuple) -> tuple:
 
 
 def _end_with_parent(worker: int) -> None:
-    """Let a worker end soon after the process that started it, even if that one was killed.
+    """Let a worker end with the process that started it, even if that one is killed.
 
     DataLoader's own watch does not help a worker that is writing into a pipe that nobody reads any more.
     """
-    parent = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
+        multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -145,7 +145,7 @@ def score_split(gan: util.TrainedGAN, split: str, latents: dict, config: Config)
     image_set = fitted_images(gan, split, latents)
     batches = datasets.chunks(range(len(image_set)), config.batch_size)
     decoded = datasets.image_batches(image_set, batches, gan.image_size, gan.image_channels)
-    logits = [gan.discriminator(datasets.to_model(images, config.device)).cpu() for images, _ in decoded]
+    logits = [gan.discriminator(datasets.to_model(images, config.device)).cpu() for images, *_ in decoded]
     weight = latents["search"]["discrimination_weight"]
     return ScoredSplit(
         images=image_set,

@@ -16,6 +16,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -174,12 +175,15 @@ def missing_shards(
     skip_unreadable: bool,
 ) -> dict[Path, range] | None:
     """Those of the shards that are still to do, a line for each that must be done again; None if `path` is complete."""
+    folder = path.with_suffix("")
     if path.exists():
         reason = why_redo(path, split, gan, search, image_set, skip_unreadable)
         if reason is None:
-            shutil.rmtree(path.with_suffix(""), ignore_errors=True)  # of a run that was killed before it came to this
+            if folder.exists():  # a run was killed before it came to this
+                shutil.rmtree(folder)
             return None
         print(f"{reason}: searching again, and replacing it at the end")
+    folder.mkdir(exist_ok=True)
     missing = {}
     for shard, rows in shards.items():
         if shard.exists():
@@ -189,7 +193,6 @@ def missing_shards(
             print(f"{reason}: searching it again")
             shard.unlink()
         missing[shard] = rows
-    path.with_suffix("").mkdir(exist_ok=True)
     if len(missing) < len(shards):
         print(f"{split}: {len(shards) - len(missing)} of {len(shards)} shards are done, going on with the others")
     return missing
@@ -203,10 +206,11 @@ def fit_shards(
     candidates: Candidates,
     search: dict,
     config: Config,
-) -> None:
+) -> list[Path]:
     """Search the images at these positions of the set, and write each shard when it is done.
 
-    Raises InputError for an image that cannot be read, unless they are to be skipped, and for a search that diverges.
+    Returns the shards of which no image can be read, and which are not written. Raises InputError for an image that
+    cannot be read, unless they are to be skipped, and for a search that diverges.
     """
     device = candidates.z.device
     # No batch reaches over the end of a shard, so its results do not depend on who did the others
@@ -214,50 +218,50 @@ def fit_shards(
     batches = {path: datasets.chunks(rows, batch_size) for path, rows in shards.items()}
     size, channels, skip = gan.image_size, gan.image_channels, config.skip_unreadable
     decode = partial(datasets.image_batches, image_set, list(chain(*batches.values())), size, channels, skip)
-    if not skip:  # a damaged image must not end a search after hours: read them all before the first step
-        for _ in tqdm(decode(), f"reading {split}", leave=False, delay=1, disable=None):
+    if not skip:  # a damaged image must not end this search after hours: read all before the first step
+        for _ in tqdm(decode(), f"reading {split}", leave=False, delay=1, disable=True if util.rank() else None):
             pass
 
-    bar = util.progress_bar(
-        sum(map(len, shards.values())),
-        " images",
-        desc=split,
-        bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
-    )
-    decoded = decode()
-    for path in shards:
-        found = []
-        for rows, (images, positions) in zip(batches[path], islice(decoded, len(batches[path])), strict=True):
-            if len(images) == 0:
+    bar_format = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+    decoded, unreadable = decode(), []
+    with util.progress_bar(sum(map(len, shards.values())), " images", desc=split, bar_format=bar_format) as bar:
+        for path in shards:
+            found = []
+            for rows, (images, positions, faults) in zip(
+                batches[path], islice(decoded, len(batches[path])), strict=True
+            ):
+                datasets.name_skipped(faults)
+                if len(images) == 0:
+                    continue
+                x = datasets.to_model(images, device).contiguous(memory_format=torch.channels_last)
+                z, residual, discrimination = search_latents(
+                    gan.generator,
+                    gan.discriminator,
+                    x,
+                    nearest_candidates(x, candidates),
+                    search["steps"],
+                    search["lr"],
+                    search["discrimination_weight"],
+                    search["precision"],
+                    after_step=partial(bar.update, len(rows) / search["steps"]),
+                )
+                found.append((z.cpu(), residual.cpu(), discrimination.cpu(), torch.from_numpy(positions)))
+                bar.n = round(bar.n)  # whole images again, after fractions of a batch
+                loss = util.anomaly_score(residual, discrimination, search["discrimination_weight"]).mean()
+                bar.set_postfix_str(f"mean loss {loss:.1f}", refresh=False)
+            if not found:
+                unreadable.append(path)
                 continue
-            x = datasets.to_model(images, device).contiguous(memory_format=torch.channels_last)
-            z, residual, discrimination = search_latents(
-                gan.generator,
-                gan.discriminator,
-                x,
-                nearest_candidates(x, candidates),
-                search["steps"],
-                search["lr"],
-                search["discrimination_weight"],
-                search["precision"],
-                after_step=partial(bar.update, len(rows) / search["steps"]),
+            z, residual, discrimination, positions = (torch.cat(part).numpy() for part in zip(*found, strict=True))
+            if not all(np.isfinite(values).all() for values in (z, residual, discrimination)):
+                raise util.InputError(f"the search of {split} diverged or gan.pt did: lower --lr, or train again")
+            arrays = {"z": z, "residual": residual, "discrimination": discrimination}
+            arrays |= {name: getattr(image_set, name)[positions] for name in ("label", "index", "source")}
+            asked_for = image_set.take(shards[path]).fingerprint()
+            util.write_latents(
+                path, arrays, split=split, gan=gan.fingerprint, search=json.dumps(search), asked_for=asked_for
             )
-            found.append((z.cpu(), residual.cpu(), discrimination.cpu(), torch.from_numpy(positions)))
-            bar.n = round(bar.n)  # whole images again, after fractions of a batch
-            loss = util.anomaly_score(residual, discrimination, search["discrimination_weight"]).mean()
-            bar.set_postfix_str(f"mean loss {loss:.1f}", refresh=False)
-        if not found:
-            continue
-        z, residual, discrimination, positions = (torch.cat(part).numpy() for part in zip(*found, strict=True))
-        if not all(np.isfinite(values).all() for values in (z, residual, discrimination)):
-            raise util.InputError(f"the search of {split} diverged or gan.pt did: lower --lr, or train again")
-        arrays = {"z": z, "residual": residual, "discrimination": discrimination}
-        arrays |= {name: getattr(image_set, name)[positions] for name in ("label", "index", "source")}
-        asked_for = image_set.take(shards[path]).fingerprint()
-        util.write_latents(
-            path, arrays, split=split, gan=gan.fingerprint, search=json.dumps(search), asked_for=asked_for
-        )
-    bar.close()
+    return unreadable
 
 
 def merge_shards(path: Path, shards: list[Path], split: str, gan: util.TrainedGAN, asked_for: str) -> np.ndarray:
@@ -273,7 +277,7 @@ def merge_shards(path: Path, shards: list[Path], split: str, gan: util.TrainedGA
         shapes.append({name: latents[name].shape for name in util.PER_IMAGE})
         kinds.append({name: latents[name].dtype for name in util.PER_IMAGE})
     about = {"split": split, "gan": gan.fingerprint, "search": json.dumps(latents["search"]), "asked_for": asked_for}
-    with util.replacing(path) as partial, zipfile.ZipFile(partial, "w") as merged:
+    with util.replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as merged:
         for name in util.ABOUT:
             with merged.open(f"{name}.npy", "w") as member:
                 np.lib.format.write_array(member, np.array(about[name]))
@@ -308,7 +312,8 @@ def main(config: Config) -> None:
     run_dir = util.find_run(config.run_dir)
     search = {name: getattr(config, name) for name in ("steps", "lr", "discrimination_weight", "candidates", "seed")}
     search["precision"] = precision
-    with util.processes(device) as (rank, processes), util.run_folder(run_dir):
+    # With slower machines among them, who is done first waits long for the last
+    with util.processes(device, patience=timedelta(days=1)) as (rank, processes), util.run_folder(run_dir):
         gan = util.load_gan(run_dir, device)
         print(
             f"run: {run_dir}   normal class: {gan.normal_class}   epochs: {gan.epoch:.4g}   "
@@ -323,20 +328,20 @@ def main(config: Config) -> None:
             shards = {folder / f"{i:06d}.npz": part for i, part in enumerate(rows)}
 
             # Rank 0 says what is missing, and every process takes its share
+            util.check_agreement(gan=gan.fingerprint, settings=search, images=image_set.fingerprint())
             missing: dict[Path, range] | None = None
             if rank == 0:
                 missing = missing_shards(path, shards, split, gan, search, image_set, config.skip_unreadable)
-            missing = util.from_rank_0(missing)
+            missing = util.from_all(missing)[0]
             if missing is None:
                 print(f"{path} is complete: nothing to search")
                 continue
             mine = dict(list(missing.items())[rank::processes])
-            fit_shards(mine, split, image_set, gan, candidates, search, config)
-            util.wait_for_all()
+            unreadable = util.from_all(fit_shards(mine, split, image_set, gan, candidates, search, config))
 
             # Rank 0 makes one file of the shards
             if rank == 0:
-                done = [shard for shard in shards if shard.exists()]
+                done = [shard for shard in shards if shard not in chain(*unreadable)]
                 if not done:
                     raise util.InputError(f"none of the {len(image_set)} images of the split {split} can be read")
                 scores = merge_shards(path, done, split, gan, image_set.fingerprint())

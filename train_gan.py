@@ -6,7 +6,7 @@
     torchrun --standalone --nproc-per-node=8 train_gan.py   # on eight GPUs
 
 Writes gan.pt, losses.csv, losses.png, samples.png, samples.gif and run.json to outputs/<data set>-<normal class>/.
-However it was stopped, the same command goes on from the last gan.pt, to the same weights. Next: python fit_latent.py
+However it was stopped, the same command goes on from the last gan.pt to the same weights. Next: python fit_latent.py
 """
 
 import csv
@@ -247,7 +247,7 @@ def train(
     history: list[torch.Tensor] = []  # blocks (steps, 4): D loss, G loss, P(real) and P(fake) of every step
     frames: list[bytes] = []  # PNG files: G of the same 64 latents as training goes on
     if path.exists() and config.fresh:
-        print(f"starting over: replaces {path}, its losses and samples; latents fitted with it will no longer do")
+        print(f"starting over: the first checkpoint replaces {path}, and latents fitted with it will no longer do")
     elif path.exists():
         with util.reading_gan(run_dir) as (state, _):
             step, seconds_before, history, frames = state["step"], state["seconds"], [state["history"]], state["frames"]
@@ -256,6 +256,7 @@ def train(
                 part.load_state_dict(state[name])
         print(f"{path} holds {step} steps ({step / steps_per_epoch:.4g} epochs): ", end="")
         print("nothing left to train; --fresh starts over" if step >= steps else f"going on to {steps}")
+    util.check_agreement(training_so_far=(settings, step))
     if processes > 1:
         generator, discriminator = (share_gradients(network, device) for network in (generator, discriminator))
 
@@ -304,8 +305,7 @@ def train(
     saved, saved_at = step, time.monotonic()
     recent: list[torch.Tensor] = []  # rows of the history, still on the device: reading them waits for the GPU
     real = real_batches(images, batch_size, config.seed, step, rank, processes)
-    bar = util.progress_bar(steps, " steps", initial=step)
-    with util.noted_signals() as signals:
+    with util.progress_bar(steps, " steps", initial=step) as bar, util.noted_signals() as signals:
         while step < steps:
             # What a step draws depends on seed, step and rank alone, so a checkpoint need not hold a generator's state
             torch.manual_seed(util.seed_of(config.seed, NOISE, step, rank))
@@ -315,13 +315,9 @@ def train(
             step += 1
 
             epoch, is_over = step // steps_per_epoch, step % steps_per_epoch == 0
-            must_stop = util.any_process(bool(signals))
-            must_save = (
-                step - saved >= checkpoint_steps
-                or time.monotonic() - saved_at >= checkpoint_seconds
-                or must_stop
-                or step == steps
-            )
+            is_due = step - saved >= checkpoint_steps or time.monotonic() - saved_at >= checkpoint_seconds
+            must_stop, must_save = util.any_process(bool(signals), rank == 0 and is_due)
+            must_save |= must_stop or step == steps
             if bar.update() or is_over or must_save:  # the bar redraws ten times a second at most
                 rows = torch.stack(recent).cpu()
                 recent.clear()
@@ -333,18 +329,17 @@ def train(
             # 50 frames at most, or the GIF grows too large
             if is_over and ((epoch - 1) % (config.epochs // 50 + 1) == 0 or step == steps):
                 frames.append(plots.to_png(draw_samples(parts["generator"], fixed_z)))
-            if must_save and rank == 0:
-                save()
-                if step < steps:
-                    draw()
             if must_save:
+                if rank == 0:
+                    save()
+                    if step < steps:
+                        draw()
                 saved, saved_at = step, time.monotonic()
             if must_stop:
-                bar.close()
+                util.wait_for_all()  # torchrun ends the others when one is gone, and rank 0 may be writing still
                 again = "the same command" + (" without --fresh" if config.fresh else "")
                 print(f"stopped after step {step} of {steps}, which {path} holds: {again} goes on from there")
                 sys.exit(128 + (signals or [signal.SIGTERM])[0])
-    bar.close()
     if rank == 0:
         draw()  # with nothing left to train too: the last start may have been killed before it came here
     print(f"wrote {run_dir}/: gan.pt losses.csv losses.png samples.png samples.gif run.json")
@@ -354,7 +349,7 @@ def train(
 def weight_settings(
     config: Config, normal_class: str, precision: str, processes: int, images: torch.Tensor
 ) -> dict[str, object]:
-    """All that decides what the weights become; uint8 images (N, C, H, W) on the CPU by their number and checksum."""
+    """All that decides what the weights become, hardware aside; uint8 images (N, C, H, W) by number and checksum."""
     elsewhere = ("device", "compile", "checkpoint_every", "fresh", "run_dir", "skip_unreadable")
     checksum = hashlib.sha256(images.numpy()).hexdigest()[:16]
     return {name: value for name, value in asdict(config).items() if name not in elsewhere} | {
@@ -366,10 +361,13 @@ def weight_settings(
 
 
 def check_same_settings(path: Path, before: dict[str, object], now: dict[str, object]) -> None:
-    """Raise InputError, naming the fields, if a checkpoint has other settings; more epochs, or fewer, are fine."""
+    """Raise InputError, naming the fields, if a checkpoint has other settings.
+
+    More epochs are fine, and so is another path to a data set that holds the same training images.
+    """
     differing = [
         f"{name} {before.get(name)}, not {now.get(name)}"
-        for name in sorted({*before, *now} - {"epochs"})
+        for name in sorted({*before, *now} - {"epochs", "dataset"})
         if before.get(name) != now.get(name)
     ]
     if differing:

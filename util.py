@@ -41,13 +41,19 @@ class InputError(Exception):
 
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
-    """End the process with one line on stderr: exit code 1 on bad input or file-system trouble, 130 on Ctrl-C."""
+    """End the process with one line on stderr: exit code 1 on bad input or lack of disk or memory, 130 on Ctrl-C."""
     try:
         yield
     except (InputError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: {str(error).splitlines()[0]} Lower --batch-size")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):  # torch's way to say, at any moment, that one of them was killed
+            raise
+        sys.exit(f"error: a process that decodes images ended ({error}): is there enough memory?")
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C: every file is whole, and the same command goes on from there", file=sys.stderr)
+        print("stopped by Ctrl-C; every file written is whole", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 
@@ -104,20 +110,26 @@ def progress_bar(total: int, unit: str, **options: Any) -> tqdm:
 
 
 @contextlib.contextmanager
-def processes(device: torch.device) -> Iterator[tuple[int, int]]:
-    """(rank, how many): (0, 1), or what torchrun started, joined to a group. Rank 0 alone prints to stdout."""
-    if "RANK" not in os.environ:
+def processes(device: torch.device, patience: timedelta = timedelta(minutes=30)) -> Iterator[tuple[int, int]]:
+    """(rank, how many): (0, 1), or what torchrun started, joined to a group. Rank 0 alone prints to stdout.
+
+    `patience` is how long a process waits for another. Raises InputError when another has ended.
+    """
+    if not distributed.is_torchelastic_launched():
         yield 0, 1
         return
-    # gloo for what lies on the CPU and NCCL for GPUs; whoever is done may wait for days: torchrun sees the dead
     backend = "gloo"
     if device.type == "cuda":
-        backend = "cpu:gloo,cuda:nccl"
+        backend = "cpu:gloo,cuda:nccl"  # for what lies on the CPU, and for gradients
         torch.cuda.set_device(device)
-    distributed.init_process_group(backend, timeout=timedelta(days=30))
+    distributed.init_process_group(backend, timeout=patience)
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
             yield rank(), distributed.get_world_size()
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("gloo", "Gloo", "NCCL")):
+            raise
+        raise InputError("another process of this group has ended or cannot be reached: see what it says") from error
     finally:
         distributed.destroy_process_group()
 
@@ -127,21 +139,32 @@ def rank() -> int:
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
-def any_process(flag: bool) -> bool:
-    """Whether the flag is set in this process or in any other; every process must ask."""
+def any_process(*flags: bool) -> list[bool]:
+    """For each flag, whether it is set in this process or in any other; every process must ask."""
     if not distributed.is_initialized():
-        return flag
-    flags = torch.tensor(int(flag))
-    distributed.all_reduce(flags, distributed.ReduceOp.MAX)
-    return bool(flags)
+        return list(flags)
+    numbers = torch.tensor(flags, dtype=torch.int32)
+    distributed.all_reduce(numbers, distributed.ReduceOp.MAX)
+    return numbers.bool().tolist()
 
 
-def from_rank_0(value: Any) -> Any:
-    """Rank 0's value in every process; every process must ask, and waits for rank 0."""
-    values = [value]
-    if distributed.is_initialized():
-        distributed.broadcast_object_list(values)
-    return values[0]
+def from_all(value: Any) -> list[Any]:
+    """Every process's value, by rank; every process must ask."""
+    if not distributed.is_initialized():
+        return [value]
+    values = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def check_agreement(**facts: Any) -> None:
+    """Raise InputError, naming the fact, unless it is the same in every process; every process must ask."""
+    for name in facts:
+        if len({repr(each[name]) for each in from_all(facts)}) > 1:
+            raise InputError(
+                f"the processes do not have the same {name.replace('_', ' ')}: every machine needs the same run "
+                "folder and data, and --precision as its hardware allows"
+            )
 
 
 def wait_for_all() -> None:
@@ -151,13 +174,30 @@ def wait_for_all() -> None:
 
 
 @contextlib.contextmanager
+def first_here_first() -> Iterator[None]:
+    """Let the first process of each machine do this, such as a download, before the others; every process must."""
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not is_first:
+        wait_for_all()
+    yield
+    if is_first:
+        wait_for_all()
+
+
+@contextlib.contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM only add their number to this list, for a loop to stop where nothing is half done."""
+    """Ctrl-C and SIGTERM only add their number to this list, for a loop to stop where nothing is half done.
+
+    A second one stops at once; under torchrun it does not, since there one Ctrl-C comes twice.
+    """
     noted: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, _: noted.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+
+    def note(number: int, _: object) -> None:
+        if noted and not distributed.is_initialized():
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield noted
     finally:
@@ -204,15 +244,16 @@ def replacing(path: Path) -> Iterator[Path]:
         with partial.open("rb+") as file:
             os.fsync(file.fileno())  # the content must be on the disk before the name is
         os.replace(partial, path)
-        if os.name == "posix":
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
     except OSError as error:  # disk full, read-only, ...: some of these do not name the file
         raise InputError(f"cannot write {path} ({error.strerror or error}); what stood there is unchanged") from error
     finally:
         with contextlib.suppress(OSError):  # what a read-only folder refuses to remove was never there
             partial.unlink(missing_ok=True)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # not every network file system can; there the new name is on the disk later
+            os.fsync(folder)
+        os.close(folder)
 
 
 @contextlib.contextmanager
@@ -231,8 +272,9 @@ def run_folder(run_dir: Path) -> Iterator[None]:
             f"another process is at work in {run_dir}: wait for it to end, or name another run with --run-dir"
         ) from error
     with lock:
-        for partial in run_dir.rglob(f"{PARTIAL}*"):
-            partial.unlink()
+        for pattern in ("", "latents-*/"):
+            for partial in run_dir.glob(f"{pattern}{PARTIAL}[0-9]*-*"):
+                partial.unlink()
         read_record(run_dir)
         yield
 
@@ -285,7 +327,7 @@ def reading_gan(run_dir: Path) -> Iterator[tuple[dict[str, Any], str]]:
         if not isinstance(state, dict):
             raise TypeError(f"it holds a {type(state).__name__}")
         yield state, hashlib.sha256(content).hexdigest()
-    except InputError:
+    except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # torch.load raises almost anything on bytes that are not its own
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'}"
@@ -340,9 +382,8 @@ def read_latents(path: Path, split: str, gan: TrainedGAN) -> dict[str, Any]:
     """
     if not path.is_file():
         raise InputError(f"{path} is missing")
-    content = path.read_bytes()
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as file:  # checksums included
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:  # checksums included
             latents = {name: file[name] for name in file.files}
         latents["search"] = json.loads(str(latents["search"]))
         float(latents["search"]["discrimination_weight"])  # evaluate.py weighs with it

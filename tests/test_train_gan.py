@@ -181,4 +181,4 @@ def test_same_seed_same_weights(digits_workdir: Path, run_here: Callable[..., No
     for name in ("generator", "discriminator"):
         weights = getattr(first, name).state_dict()
         for key, tensor in getattr(again, name).state_dict().items():
-            torch.testing.assert_close(tensor, weights[key])
+            assert torch.equal(tensor, weights[key])
