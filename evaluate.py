@@ -116,11 +116,12 @@ def read_fits(run_dir: Path, gan: util.TrainedGAN) -> dict[str, dict]:
         except util.InputError as error:
             again = f"run fit_latent.py --run-dir {run_dir} --splits {split}, which mends it"
             raise util.InputError(f"{error}: {again}") from error
-    for split in latents:
-        if latents[split]["search"] != latents["validation"]["search"]:
+    expected = latents["validation"]["search"]
+    for split, found in latents.items():
+        if differing := [name for name in expected if found["search"].get(name) != expected[name]]:
             raise util.InputError(
-                f"validation and {split} were fitted with different settings ({latents['validation']['search']} and "
-                f"{latents[split]['search']}): run fit_latent.py --run-dir {run_dir} for both, or remove the older"
+                f"validation and {split} were fitted with different settings ({', '.join(differing)}): run "
+                f"fit_latent.py --run-dir {run_dir} for both, or remove the older"
             )
     return latents
 

@@ -224,6 +224,7 @@ def fit_shards(
 
     bar_format = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
     decoded, unreadable = decode(), []
+    loss_sum, searched = 0.0, 0
     with util.progress_bar(sum(map(len, shards.values())), " images", desc=split, bar_format=bar_format) as bar:
         for path in shards:
             found = []
@@ -247,8 +248,9 @@ def fit_shards(
                 )
                 found.append((z.cpu(), residual.cpu(), discrimination.cpu(), torch.from_numpy(positions)))
                 bar.n = round(bar.n)  # whole images again, after fractions of a batch
-                loss = util.anomaly_score(residual, discrimination, search["discrimination_weight"]).mean()
-                bar.set_postfix_str(f"mean loss {loss:.1f}", refresh=False)
+                loss_sum += util.anomaly_score(residual, discrimination, search["discrimination_weight"]).sum().item()
+                searched += len(images)
+                bar.set_postfix_str(f"mean loss {loss_sum / searched:.1f}", refresh=False)
             if not found:
                 unreadable.append(path)
                 continue

@@ -220,7 +220,10 @@ def train(
     checkpoint_seconds, checkpoint_steps = checkpoint_interval(config.checkpoint_every)
     settings = weight_settings(config, normal_class, precision, processes, images)
     images = images.to(device)
-    print(f"run: {run_dir}   normal class: {normal_class} ({len(images)} images)   device: {device}, {precision}")
+    print(
+        f"run: {run_dir}   normal class: {normal_class} ({len(images)} images)   device: {device}, {precision}   "
+        f"processes: {processes}"
+    )
 
     # Networks
     torch.manual_seed(config.seed)

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import resource
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -79,6 +80,7 @@ def _be_script(cwd: Path, output: str, command: list[str], largest_file: int | N
         stream.reconfigure(line_buffering=True)
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would be started deaf to it
     multiprocessing.set_start_method(None, force=True)  # the platform's own again, not that of the server
     sys.argv = command
     runpy.run_path(str(ROOT / command[0]), run_name="__main__")
