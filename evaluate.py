@@ -39,7 +39,7 @@ class ScoredSplit:
     z: np.ndarray  # (N, latent_dim)
     class_name: np.ndarray  # (N,) str
     is_anomaly: np.ndarray  # (N,) bool
-    scores: dict[str, np.ndarray]  # by name: anomaly_score, residual, discrimination, p_d; each (N,)
+    scores: dict[str, np.ndarray]  # by name: anomaly_score, residual, discrimination, p_d, gan_r; each (N,)
 
 
 def p_values(score: np.ndarray, validation_score: np.ndarray) -> np.ndarray:
@@ -106,22 +106,29 @@ def threshold_metrics(score: np.ndarray, is_anomaly: np.ndarray, threshold: floa
     }
 
 
-def read_fits(run_dir: Path, gan: util.TrainedGAN) -> dict[str, dict]:
-    """The latents of validation, test and every other split fitted. Raises InputError unless all are of one search."""
-    others = [split for split in ("train", "train_anomalies") if (run_dir / f"latents-{split}.npz").is_file()]
+def read_fits(
+    run_dir: Path, gan: util.TrainedGAN, splits: list[str], discrimination: str = "features"
+) -> dict[str, dict]:
+    """The latents of these splits, found by feature matching or another discrimination loss.
+
+    Raises InputError if one is missing or not what its name says, or unless all are of one search.
+    """
+    again = f"run fit_latent.py --run-dir {run_dir} --discrimination {discrimination} --splits"
     latents = {}
-    for split in ("validation", "test", *others):
+    for split in splits:
+        path = util.latents_path(run_dir, split, discrimination)
         try:
-            latents[split] = util.read_latents(run_dir / f"latents-{split}.npz", split, gan)
+            latents[split] = util.read_latents(path, split, gan)
         except util.InputError as error:
-            again = f"run fit_latent.py --run-dir {run_dir} --splits {split}, which mends it"
-            raise util.InputError(f"{error}: {again}") from error
+            raise util.InputError(f"{error}: {again} {split}, which mends it") from error
+        if latents[split]["search"]["discrimination"] != discrimination:
+            raise util.InputError(f"{path} was not guided by the {discrimination} loss: {again} {split} again")
     expected = latents["validation"]["search"]
     for split, found in latents.items():
         if differing := [name for name in expected if found["search"].get(name) != expected[name]]:
             raise util.InputError(
-                f"validation and {split} were fitted with different settings ({', '.join(differing)}): run "
-                f"fit_latent.py --run-dir {run_dir} for both, or remove the older"
+                f"validation and {split} were fitted with different settings ({', '.join(differing)}): "
+                f"{again} {' '.join(splits)} for all, or remove the older"
             )
     return latents
 
@@ -141,26 +148,42 @@ def fitted_images(gan: util.TrainedGAN, split: str, latents: dict) -> datasets.I
 
 
 @torch.no_grad()
-def score_split(gan: util.TrainedGAN, split: str, latents: dict, config: Config) -> ScoredSplit:
-    """The scores of a split: A(x), its two parts R and D, and P_D = 1 - P(x is real)."""
+def score_split(gan: util.TrainedGAN, split: str, latents: dict, reference: dict | None, config: Config) -> ScoredSplit:
+    """The scores of a split: A(x), its two parts R and D, P_D = 1 - P(x is real), and A(x) of GAN_R if it was fitted.
+
+    Raises InputError if `reference`, the latents of GAN_R, are not of the same images.
+    """
     image_set = fitted_images(gan, split, latents)
     batches = datasets.chunks(range(len(image_set)), config.batch_size)
     decoded = datasets.image_batches(image_set, batches, gan.image_size, gan.image_channels)
     logits = [gan.discriminator(datasets.to_model(images, config.device)).cpu() for images, *_ in decoded]
-    weight = latents["search"]["discrimination_weight"]
+    scores = {
+        "anomaly_score": weighted(latents),
+        "residual": latents["residual"],
+        "discrimination": latents["discrimination"],
+        # 1 - sigmoid(l) = sigmoid(-l); in float64, or a confident D would make ties at 0 and 1
+        "p_d": torch.cat(logits).double().neg().sigmoid().numpy(),
+    }
+    if reference is not None:
+        if not np.array_equal(reference["index"], latents["index"]):
+            raise util.InputError(
+                f"the two searches of {split} are not of the same images: run fit_latent.py with --discrimination "
+                "features and with reference, and the same --max-images"
+            )
+        scores["gan_r"] = weighted(reference)
     return ScoredSplit(
         images=image_set,
         z=latents["z"],
         class_name=np.array(gan.classes)[image_set.label],
         is_anomaly=image_set.label != gan.classes.index(gan.normal_class),
-        scores={
-            "anomaly_score": util.anomaly_score(latents["residual"], latents["discrimination"], weight),
-            "residual": latents["residual"],
-            "discrimination": latents["discrimination"],
-            # 1 - sigmoid(l) = sigmoid(-l); in float64, or a confident D would make ties at 0 and 1
-            "p_d": torch.cat(logits).double().neg().sigmoid().numpy(),
-        },
+        scores=scores,
     )
+
+
+def weighted(latents: dict) -> np.ndarray:
+    """A(x) of fitted images (N,), with the λ of their search."""
+    weight = latents["search"]["discrimination_weight"]
+    return util.anomaly_score(latents["residual"], latents["discrimination"], weight)
 
 
 @torch.no_grad()
@@ -243,8 +266,12 @@ def evaluate(config: Config, run_dir: Path, device: torch.device) -> None:
     print(f"run: {run_dir}   normal class: {gan.normal_class}   trained for {gan.epoch:.4g} epochs   device: {device}")
 
     # Score every split that was fitted
-    fits = read_fits(run_dir, gan)
-    scored = {split: score_split(gan, split, fit, config) for split, fit in fits.items()}
+    others = [split for split in ("train", "train_anomalies") if util.latents_path(run_dir, split).is_file()]
+    splits = ["validation", "test", *others]
+    fits, references = read_fits(run_dir, gan, splits), {}
+    if any(util.latents_path(run_dir, split, "reference").is_file() for split in splits):
+        references = read_fits(run_dir, gan, splits, "reference")
+    scored = {split: score_split(gan, split, fits[split], references.get(split), config) for split in splits}
     validation, test = scored["validation"], scored["test"]
     if test.is_anomaly.all() or not test.is_anomaly.any():
         raise util.InputError(

@@ -3,6 +3,7 @@
     python fit_latent.py                                      # the run trained last, its validation and test images
     python fit_latent.py --max-images 1000                    # a thousand images of each split, all classes alike
     python fit_latent.py --splits train_anomalies --run-dir outputs/cifar10-automobile
+    python fit_latent.py --discrimination reference           # GAN_R: guided by D's own verdict, beside the others
     torchrun --standalone --nproc-per-node=8 fit_latent.py    # on eight GPUs: each takes its share of the shards
 
 Writes latents-<split>.npz to the run folder: z, residual and discrimination of every image. Until all are found, what
@@ -20,6 +21,7 @@ from datetime import timedelta
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,6 +34,8 @@ import datasets
 import util
 from network import Discriminator, Generator
 
+Discrimination = Literal["features", "reference"]
+
 
 @dataclass
 class Config:
@@ -40,6 +44,7 @@ class Config:
     max_images: int | None = None  # take only so many images of a split, each class in its proportion
     steps: int = 100  # Adam steps for each image; fewer than 25 can end higher than they start
     lr: float = 0.4  # Adam's largest step size: up to it over the first fifth of the steps, down over the last
+    discrimination: Discrimination = "features"  # feature matching, or reference: -log D(G(z)), Yeh et al. 2016
     discrimination_weight: float = 0.1  # lambda: the loss is (1 - lambda) residual + lambda discrimination
     candidates: int = 4000  # generated images among which a search starts at the nearest; with 1, at the same z for all
     batch_size: int | None = None  # images at once, by default 64 on a CPU and 512 on a GPU; it changes no result
@@ -89,9 +94,10 @@ def search_latents(
     lr: float,
     discrimination_weight: float,
     precision: str = "fp32",
+    discrimination: Discrimination = "features",
     after_step: Callable[[], None] = lambda: None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Minimise (1 - λ) R(z) + λ D(z) over z by Adam (Schlegl et al. 2017, section 2.2).
+    """Minimise (1 - λ) R(z) + λ D(z) over z by Adam (Schlegl et al. 2017, section 2.2); with D̂(z) for D(z) it is GAN_R.
 
     x (N, C, H, W) in [-1, 1] and starting z (N, latent_dim) to the z found (N, latent_dim), its residual (N,) and its
     discrimination (N,). G and D must be frozen and in eval mode. Then no image sees another: BatchNorm uses its stored
@@ -107,6 +113,8 @@ def search_latents(
     def losses() -> tuple[torch.Tensor, torch.Tensor]:
         generated = generator(z)
         residual = util.residual_loss(x, generated)
+        if discrimination == "reference":
+            return residual, util.reference_loss(discriminator(generated).to(x.dtype))
         return residual, util.discrimination_loss(features, discriminator.features(generated))
 
     for step in range(steps):
@@ -244,6 +252,7 @@ def fit_shards(
                     search["lr"],
                     search["discrimination_weight"],
                     search["precision"],
+                    search["discrimination"],
                     after_step=partial(bar.update, len(rows) / search["steps"]),
                 )
                 found.append((z.cpu(), residual.cpu(), discrimination.cpu(), torch.from_numpy(positions)))
@@ -312,8 +321,8 @@ def main(config: Config) -> None:
     device = util.pick_device(config.device)
     precision = util.pick_precision(config.precision, device)
     run_dir = util.find_run(config.run_dir)
-    search = {name: getattr(config, name) for name in ("steps", "lr", "discrimination_weight", "candidates", "seed")}
-    search["precision"] = precision
+    settings = ("steps", "lr", "discrimination", "discrimination_weight", "candidates", "seed")
+    search = {name: getattr(config, name) for name in settings} | {"precision": precision}
     # With slower machines among them, who is done first waits long for the last
     with util.processes(device, patience=timedelta(days=1)) as (rank, processes), util.run_folder(run_dir):
         gan = util.load_gan(run_dir, device)
@@ -324,7 +333,8 @@ def main(config: Config) -> None:
         candidates = draw_candidates(gan.generator, gan.latent_dim, config.candidates, config.seed)
         fitted = {}
         for split in config.splits:
-            path, folder = run_dir / f"latents-{split}.npz", run_dir / f"latents-{split}"
+            path = util.latents_path(run_dir, split, config.discrimination)
+            folder = path.with_suffix("")  # of the shards
             image_set = chosen_images(gan, split, config)
             rows = datasets.chunks(range(len(image_set)), config.shard_size)
             shards = {folder / f"{i:06d}.npz": part for i, part in enumerate(rows)}
@@ -352,13 +362,13 @@ def main(config: Config) -> None:
                     print(f"skipped {skipped} of {len(image_set)} images, which cannot be read")
                 print(f"{split}: {len(scores)} images, mean loss {scores.mean():.1f}")
                 searched = sum(map(len, missing.values()))
-                fitted[split] = {"images": len(scores), "searched": searched, "mean_loss": float(scores.mean())}
+                fitted[path.name] = {"images": len(scores), "searched": searched, "mean_loss": float(scores.mean())}
         if rank == 0 and fitted:
             seconds = time.monotonic() - started
             util.record_run(
                 run_dir, "fit_latent", config, device, seconds, precision=precision, processes=processes, fitted=fitted
             )
-            print(f"wrote {run_dir}/: {' '.join(f'latents-{split}.npz' for split in fitted)} run.json")
+            print(f"wrote {run_dir}/: {' '.join(fitted)} run.json")
         print(f"next: python evaluate.py --run-dir {run_dir}")
 
 

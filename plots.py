@@ -24,6 +24,7 @@ LABELS = {
     "residual": "R, residual",
     "discrimination": "D, discrimination",
     "p_d": "P_D, discriminator alone",
+    "gan_r": "A(x) of GAN_R, reference loss",
 }
 
 
@@ -102,8 +103,12 @@ def score_histograms(
     path: Path, scores: dict[str, np.ndarray], is_anomaly: np.ndarray, threshold: float, title: str
 ) -> None:
     """Normal against anomalous images, a panel a score, each kind with area 1; the threshold on the anomaly score."""
-    figure, panels = plt.subplots(1, len(scores), figsize=(4 * len(scores), 3.6), layout="constrained", squeeze=False)
-    for axes, (name, score) in zip(panels.flat, scores.items(), strict=True):
+    rows = -(-len(scores) // 5)
+    columns = -(-len(scores) // rows)
+    figure, panels = plt.subplots(rows, columns, figsize=(4 * columns, 3.6 * rows), layout="constrained", squeeze=False)
+    for axes in panels.flat[len(scores) :]:
+        axes.axis("off")
+    for axes, (name, score) in zip(panels.flat, scores.items(), strict=False):
         bins = np.linspace(*np.quantile(score, [0.0, 0.998]), 50)  # a handful of extreme scores would squeeze the rest
         score = score.clip(bins[0], bins[-1])  # the last bin holds the rest
         for kind, rows, colour in (("normal", ~is_anomaly, "tab:green"), ("anomalous", is_anomaly, "tab:red")):
@@ -113,7 +118,8 @@ def score_histograms(
         axes.set(xlabel=LABELS[name], yticks=[], ylim=(0, 1.4 * axes.get_ylim()[1]))  # the legend stands above the bars
         axes.xaxis.set_major_locator(MaxNLocator(5))  # or long labels, such as those of a narrow P_D, touch
         axes.legend(fontsize="small", loc="upper right")
-    panels[0, 0].set_ylabel("density")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("density")
     figure.suptitle(title)
     save(figure, path)
 

@@ -22,6 +22,7 @@ import torch
 import torchvision
 from filelock import FileLock, Timeout
 from torch import distributed
+from torch.nn.functional import softplus
 from tqdm import tqdm
 
 from network import Discriminator, Generator, fold_batchnorm
@@ -223,6 +224,11 @@ def discrimination_loss(features: torch.Tensor, generated_features: torch.Tensor
     return (features - generated_features).abs().sum((1, 2, 3))
 
 
+def reference_loss(logits: torch.Tensor) -> torch.Tensor:
+    """D̂(z) = -log D(G(z)), equation 3 (Yeh et al. 2016): sigmoid cross-entropy of logits (N,) with the label "real"."""
+    return softplus(-logits)
+
+
 def anomaly_score(residual: Any, discrimination: Any, discrimination_weight: float) -> Any:
     """A(x) = (1 - λ) R + λ D, equation 6, of tensors or arrays of one shape; what the search minimises, equation 5."""
     return (1 - discrimination_weight) * residual + discrimination_weight * discrimination
@@ -365,6 +371,11 @@ def load_gan(run_dir: Path, device: torch.device) -> TrainedGAN:
     return gan
 
 
+def latents_path(run_dir: Path, split: str, discrimination: str = "features") -> Path:
+    """Where the latents of a split are: those of a search by feature matching, or beside them those of another."""
+    return run_dir / f"latents-{split}{'' if discrimination == 'features' else f'-{discrimination}'}.npz"
+
+
 def write_latents(path: Path, arrays: dict[str, np.ndarray], **about: str) -> None:
     """Write a file of latents: of each image what PER_IMAGE names, and about them all what ABOUT names.
 
@@ -386,7 +397,7 @@ def read_latents(path: Path, split: str, gan: TrainedGAN) -> dict[str, Any]:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:  # checksums included
             latents = {name: file[name] for name in file.files}
         latents["search"] = json.loads(str(latents["search"]))
-        float(latents["search"]["discrimination_weight"])  # evaluate.py weighs with it
+        str(latents["search"]["discrimination"]), float(latents["search"]["discrimination_weight"])  # evaluate.py's
         shapes = {latents[name].shape for name in PER_IMAGE if name != "z"}
         count = len(latents["z"])
         whole = latents["z"].shape == (count, gan.latent_dim) and shapes == {(count,)} and count > 0

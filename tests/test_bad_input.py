@@ -165,6 +165,18 @@ def test_splits_fitted_with_different_settings(trained: Path, fails: Fails, run_
     assert "different settings" in fails("evaluate.py")
 
 
+def test_searches_of_two_losses(trained: Path, fails: Fails, run_here: Callable[..., None]) -> None:
+    """The latents of GAN_R must be of the images and splits that the others are of, and not the others themselves."""
+    shutil.copy(trained / "latents-test.npz", trained / "latents-test-reference.npz")
+    assert "latents-test-reference.npz was not guided by the reference loss" in fails("evaluate.py")
+    fit = ["fit_latent.py", "--splits", "validation", "test", "--steps", "2", "--discrimination", "reference"]
+    run_here(*fit, "--max-images", "20")
+    (trained / "latents-train_anomalies.npz").unlink()
+    assert "the two searches of validation are not of the same images" in fails("evaluate.py")
+    (trained / "latents-validation-reference.npz").unlink()
+    assert "--discrimination reference --splits validation" in fails("evaluate.py")
+
+
 @pytest.mark.parametrize("kept", [0, 1, 100, 5000, -1])
 def test_gan_cut_short(trained: Path, fails: Fails, kept: int) -> None:
     whole = (trained / "gan.pt").read_bytes()

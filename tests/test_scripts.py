@@ -34,7 +34,10 @@ def read_scores(run_dir: Path) -> list[dict[str, str]]:
 
 def test_every_file_is_there_and_no_other(digits_workdir: Path) -> None:
     run_dir = digits_workdir / "outputs/digits-0"
-    assert {path.name for path in run_dir.glob("[!.]*")} == RUN_FILES | {"latents-train_anomalies.npz"}
+    assert {path.name for path in run_dir.glob("[!.]*")} == RUN_FILES | {
+        "latents-train_anomalies.npz",
+        *(f"latents-{split}-reference.npz" for split in ("validation", "test", "train_anomalies")),
+    }
     assert {path.name for path in run_dir.glob(".*")} <= {".lock"}
     for path in run_dir.glob("*.png"):
         with Image.open(path) as picture:
@@ -89,6 +92,18 @@ def test_scores_agree_with_latents_and_metrics(digits_workdir: Path) -> None:
     assert metrics["threshold"]["test"]["detection_rate"] == pytest.approx(flagged[is_anomaly].mean())
     shares = [(validation >= value).mean() for value in score]
     np.testing.assert_allclose([float(row["p_value"]) for row in test], shares, atol=1e-8)
+
+
+def test_every_score_has_the_same_figures(digits_workdir: Path) -> None:
+    run_dir = digits_workdir / "outputs/digits-0"
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    for protocol in ("test", "all_splits"):
+        assert list(metrics[protocol]) == ["anomaly_score", "residual", "discrimination", "p_d", "gan_r"]
+        assert len({tuple(figures) for figures in metrics[protocol].values()}) == 1
+    rows = [row for row in read_scores(run_dir) if row["split"] == "test"]
+    with np.load(run_dir / "latents-test-reference.npz") as latents:
+        score = 0.9 * latents["residual"] + 0.1 * latents["discrimination"]
+        np.testing.assert_allclose([float(row["gan_r"]) for row in rows], score, rtol=1e-6)
 
 
 def test_all_splits_protocol(digits_workdir: Path) -> None:

@@ -27,7 +27,7 @@ def start() -> torch.Tensor:
 
 
 def search(
-    networks: Networks, images: torch.Tensor, start: torch.Tensor, batch_size: int = 7, **changes: float
+    networks: Networks, images: torch.Tensor, start: torch.Tensor, batch_size: int = 7, **changes: float | str
 ) -> list[torch.Tensor]:
     settings = {"steps": STEPS, "lr": LR, "discrimination_weight": WEIGHT} | changes
     parts = [
@@ -38,7 +38,7 @@ def search(
 
 
 def plain_search(
-    networks: Networks, image: torch.Tensor, z: torch.Tensor
+    networks: Networks, image: torch.Tensor, z: torch.Tensor, discrimination_loss: str = "features"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """AnoGAN's search for one image, as the paper tells it: no batch, no optimiser class, f(x) anew at every step."""
     generator, discriminator = networks
@@ -47,6 +47,8 @@ def plain_search(
 
     def losses(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         residual = torch.sum(torch.abs(x - generator(z)))
+        if discrimination_loss == "reference":
+            return residual, -torch.log(torch.sigmoid(discriminator(generator(z)))).sum()
         return residual, torch.sum(torch.abs(discriminator.features(x) - discriminator.features(generator(z))))
 
     for step in range(STEPS):
@@ -62,7 +64,10 @@ def plain_search(
     return z[0], residual, discrimination
 
 
-def test_batched_search_is_the_plain_search(tiny_networks: Networks, images: torch.Tensor, start: torch.Tensor) -> None:
+@pytest.mark.parametrize("discrimination_loss", ["features", "reference"])
+def test_batched_search_is_the_plain_search(
+    tiny_networks: Networks, images: torch.Tensor, start: torch.Tensor, discrimination_loss: str
+) -> None:
     """Our search on folded networks against the plain one on networks with BatchNorm in place."""
     plain = copy.deepcopy(tiny_networks)
     generator, discriminator = tiny_networks
@@ -70,8 +75,8 @@ def test_batched_search_is_the_plain_search(tiny_networks: Networks, images: tor
     assert not any(
         isinstance(layer, torch.nn.BatchNorm2d) for layer in [*generator.modules(), *discriminator.modules()]
     )
-    batched = search(tiny_networks, images, start)
-    one_by_one = [plain_search(plain, image, z) for image, z in zip(images, start, strict=True)]
+    batched = search(tiny_networks, images, start, discrimination=discrimination_loss)
+    one_by_one = [plain_search(plain, image, z, discrimination_loss) for image, z in zip(images, start, strict=True)]
     for found, expected in zip(batched, zip(*one_by_one, strict=True), strict=True):
         torch.testing.assert_close(found, torch.stack(expected), rtol=1e-7, atol=1e-7)
 

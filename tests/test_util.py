@@ -178,6 +178,10 @@ def test_losses_by_hand() -> None:
     assert util.residual_loss(x, generated).tolist() == [3.0, 0.5]
     features = torch.tensor([[[[1.0]], [[2.0]]], [[[3.0]], [[-4.0]]]])  # (2, 2, 1, 1)
     assert util.discrimination_loss(features, torch.zeros_like(features)).tolist() == [3.0, 7.0]
+    logits = torch.tensor([0.0, np.log(3), -np.log(4), 500, -500], dtype=torch.float64)  # D: 1/2, 3/4, 1/5, 1, 0
+    torch.testing.assert_close(
+        util.reference_loss(logits), torch.tensor([np.log(2), np.log(4 / 3), np.log(5), 0, 500], dtype=torch.float64)
+    )
     assert util.anomaly_score(np.array([3.0, 0.5]), np.array([3.0, 7.0]), 0.1).tolist() == pytest.approx([3.0, 1.15])
 
 
