@@ -160,6 +160,14 @@ def class_label(classes: list[str], name: str) -> int:
     raise InputError(f"unknown class {name!r}: choose --normal-class from {', '.join(classes)}, or an index from 0")
 
 
+def check_splits(splits: Sequence[str]) -> None:
+    """Raise InputError unless these are splits, one at least."""
+    if not splits:
+        raise InputError(f"--splits names no split: choose from {', '.join(SPLITS)}")
+    if unknown := set(splits) - set(SPLITS):
+        raise InputError(f"unknown split {min(unknown)!r}: choose --splits from {', '.join(SPLITS)}")
+
+
 def open_split(dataset: str, split: str, normal_class: str) -> ImageSet:
     """One of the four splits of a data set, in the data set's own order.
 

@@ -39,7 +39,7 @@ class ScoredSplit:
     z: np.ndarray  # (N, latent_dim)
     class_name: np.ndarray  # (N,) str
     is_anomaly: np.ndarray  # (N,) bool
-    scores: dict[str, np.ndarray]  # by name: anomaly_score, residual, discrimination, p_d, gan_r; each (N,)
+    scores: dict[str, np.ndarray]  # by name: anomaly_score, residual, discrimination, p_d, ...; each (N,)
 
 
 def p_values(score: np.ndarray, validation_score: np.ndarray) -> np.ndarray:
@@ -133,6 +133,26 @@ def read_fits(
     return latents
 
 
+def read_baselines(run_dir: Path, gan: util.TrainedGAN, split: str, index: np.ndarray) -> dict[str, np.ndarray]:
+    """The scores of the baselines for the images of these indices (N,), by name, each (N,); none if none were fitted.
+
+    Raises InputError if a file is not what its name says, or lacks one of the images.
+    """
+    path = run_dir / f"baselines-{split}.npz"
+    if not path.is_file():
+        return {}
+    again = f"run fit_baselines.py --run-dir {run_dir} --splits {split}"
+    try:
+        found = util.read_arrays(path, "fit_baselines.py", split, gan, dict.fromkeys(util.BASELINES, ()))
+    except util.InputError as error:
+        raise util.InputError(f"{error}: {again} again, or remove it") from error
+    row = {number: i for i, number in enumerate(found["index"])}
+    if missing := set(index) - set(row):
+        raise util.InputError(f"{path} lacks {len(missing)} of the images that were searched: {again} again")
+    rows = [row[number] for number in index]
+    return {name: found[name][rows] for name in util.BASELINES}
+
+
 def fitted_images(gan: util.TrainedGAN, split: str, latents: dict) -> datasets.ImageSet:
     """The images that these latents belong to. Raises InputError if the data set has changed since."""
     image_set = datasets.open_split(gan.dataset, split, gan.normal_class)
@@ -148,8 +168,11 @@ def fitted_images(gan: util.TrainedGAN, split: str, latents: dict) -> datasets.I
 
 
 @torch.no_grad()
-def score_split(gan: util.TrainedGAN, split: str, latents: dict, reference: dict | None, config: Config) -> ScoredSplit:
-    """The scores of a split: A(x), its two parts R and D, P_D = 1 - P(x is real), and A(x) of GAN_R if it was fitted.
+def score_split(
+    run_dir: Path, gan: util.TrainedGAN, split: str, latents: dict, reference: dict | None, config: Config
+) -> ScoredSplit:
+    """Every score that the run folder allows: A(x), its parts R and D, and P_D = 1 - P(x is real) always, then A(x) of
+    GAN_R and the baselines if they were fitted.
 
     Raises InputError if `reference`, the latents of GAN_R, are not of the same images.
     """
@@ -171,6 +194,7 @@ def score_split(gan: util.TrainedGAN, split: str, latents: dict, reference: dict
                 "features and with reference, and the same --max-images"
             )
         scores["gan_r"] = weighted(reference)
+    scores |= read_baselines(run_dir, gan, split, image_set.index)
     return ScoredSplit(
         images=image_set,
         z=latents["z"],
@@ -271,7 +295,11 @@ def evaluate(config: Config, run_dir: Path, device: torch.device) -> None:
     fits, references = read_fits(run_dir, gan, splits), {}
     if any(util.latents_path(run_dir, split, "reference").is_file() for split in splits):
         references = read_fits(run_dir, gan, splits, "reference")
-    scored = {split: score_split(gan, split, fits[split], references.get(split), config) for split in splits}
+    scored = {split: score_split(run_dir, gan, split, fits[split], references.get(split), config) for split in splits}
+    if len({tuple(split.scores) for split in scored.values()}) > 1:
+        raise util.InputError(
+            f"not every split has baselines: run fit_baselines.py --run-dir {run_dir} --splits {' '.join(splits)}"
+        )
     validation, test = scored["validation"], scored["test"]
     if test.is_anomaly.all() or not test.is_anomaly.any():
         raise util.InputError(

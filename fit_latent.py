@@ -314,10 +314,7 @@ def main(config: Config) -> None:
             util.check_at_least(config, 1, name)
     if config.discrimination_weight > 1:
         raise util.InputError(f"--discrimination-weight must be at most 1, not {config.discrimination_weight}")
-    if not config.splits:
-        raise util.InputError(f"--splits names no split: choose from {', '.join(datasets.SPLITS)}")
-    if unknown := set(config.splits) - set(datasets.SPLITS):
-        raise util.InputError(f"unknown split {min(unknown)!r}: choose --splits from {', '.join(datasets.SPLITS)}")
+    datasets.check_splits(config.splits)
     device = util.pick_device(config.device)
     precision = util.pick_precision(config.precision, device)
     run_dir = util.find_run(config.run_dir)

@@ -25,6 +25,9 @@ LABELS = {
     "discrimination": "D, discrimination",
     "p_d": "P_D, discriminator alone",
     "gan_r": "A(x) of GAN_R, reference loss",
+    "oc_svm": "one-class SVM on pixels",
+    "kde": "kernel density of pixels",
+    "isolation_forest": "isolation forest on pixels",
 }
 
 

@@ -31,6 +31,7 @@ Precision = Literal["auto", "bf16", "fp32"]
 PARTIAL = ".partial-"  # how the names of half-written files begin
 PER_IMAGE = ("z", "residual", "discrimination", "label", "index", "source")  # arrays of latents-<split>.npz ...
 ABOUT = ("split", "gan", "search", "asked_for")  # ... and what it says about them all
+BASELINES = ("oc_svm", "kde", "isolation_forest")  # scores in baselines-<split>.npz
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
@@ -387,7 +388,21 @@ def write_latents(path: Path, arrays: dict[str, np.ndarray], **about: str) -> No
 
 
 def read_latents(path: Path, split: str, gan: TrainedGAN) -> dict[str, Any]:
-    """Read and check what `write_latents` wrote, with `search` as a dict.
+    """Read and check what `write_latents` wrote, with `search` as a dict. Raises InputError, see `read_arrays`."""
+    shapes = {name: (gan.latent_dim,) if name == "z" else () for name in PER_IMAGE}
+    latents = read_arrays(path, "fit_latent.py", split, gan, shapes)
+    try:
+        latents["search"], latents["asked_for"] = json.loads(str(latents["search"])), str(latents["asked_for"])
+        str(latents["search"]["discrimination"]), float(latents["search"]["discrimination_weight"])  # evaluate.py's
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} was not written by this fit_latent.py ({error})") from error
+    return latents
+
+
+def read_arrays(
+    path: Path, script: str, split: str, gan: TrainedGAN, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    """Read and check an .npz file with arrays of a row an image, of these shapes, and what it says about them all.
 
     Raises InputError if the file is missing, damaged or foreign, or of another split or gan.pt.
     """
@@ -395,23 +410,20 @@ def read_latents(path: Path, split: str, gan: TrainedGAN) -> dict[str, Any]:
         raise InputError(f"{path} is missing")
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:  # checksums included
-            latents = {name: file[name] for name in file.files}
-        latents["search"] = json.loads(str(latents["search"]))
-        str(latents["search"]["discrimination"]), float(latents["search"]["discrimination_weight"])  # evaluate.py's
-        shapes = {latents[name].shape for name in PER_IMAGE if name != "z"}
-        count = len(latents["z"])
-        whole = latents["z"].shape == (count, gan.latent_dim) and shapes == {(count,)} and count > 0
-        whole = whole and all(np.isfinite(latents[name]).all() for name in ("z", "residual", "discrimination"))
-        latents |= {name: str(latents[name]) for name in ("split", "gan", "asked_for")}
+            arrays = {name: file[name] for name in file.files}
+        count = len(arrays["index"])
+        whole = count > 0 and all(arrays[name].shape == (count, *shape) for name, shape in shapes.items())
+        whole = whole and all(np.isfinite(arrays[name]).all() for name in shapes if arrays[name].dtype.kind == "f")
+        arrays |= {name: str(arrays[name]) for name in ("split", "gan")}
     except Exception as error:  # zipfile and numpy raise almost anything on damaged bytes
-        raise InputError(f"{path} is damaged or was not written by this fit_latent.py ({error})") from error
-    if latents["gan"] != gan.fingerprint:
+        raise InputError(f"{path} is damaged or was not written by this {script} ({error})") from error
+    if arrays["gan"] != gan.fingerprint:
         raise InputError(f"{path} belongs to another gan.pt than the one that is there now")
-    if latents["split"] != split:
-        raise InputError(f"{path} holds the split {latents['split']!r}, not {split!r}")
+    if arrays["split"] != split:
+        raise InputError(f"{path} holds the split {arrays['split']!r}, not {split!r}")
     if not whole:
         raise InputError(f"{path} holds arrays of the wrong shape, no image, or numbers that are not finite")
-    return latents
+    return arrays
 
 
 def record_run(run_dir: Path, script: str, config: Any, device: torch.device, seconds: float, **facts: Any) -> None:

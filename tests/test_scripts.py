@@ -37,6 +37,7 @@ def test_every_file_is_there_and_no_other(digits_workdir: Path) -> None:
     assert {path.name for path in run_dir.glob("[!.]*")} == RUN_FILES | {
         "latents-train_anomalies.npz",
         *(f"latents-{split}-reference.npz" for split in ("validation", "test", "train_anomalies")),
+        *(f"baselines-{split}.npz" for split in ("validation", "test", "train_anomalies")),
     }
     assert {path.name for path in run_dir.glob(".*")} <= {".lock"}
     for path in run_dir.glob("*.png"):
@@ -98,7 +99,8 @@ def test_every_score_has_the_same_figures(digits_workdir: Path) -> None:
     run_dir = digits_workdir / "outputs/digits-0"
     metrics = json.loads((run_dir / "metrics.json").read_text())
     for protocol in ("test", "all_splits"):
-        assert list(metrics[protocol]) == ["anomaly_score", "residual", "discrimination", "p_d", "gan_r"]
+        names = ["anomaly_score", "residual", "discrimination", "p_d", "gan_r", *util.BASELINES]
+        assert list(metrics[protocol]) == names
         assert len({tuple(figures) for figures in metrics[protocol].values()}) == 1
     rows = [row for row in read_scores(run_dir) if row["split"] == "test"]
     with np.load(run_dir / "latents-test-reference.npz") as latents:
@@ -118,7 +120,7 @@ def test_all_splits_protocol(digits_workdir: Path) -> None:
 
 def test_run_json_tells_how_each_script_ran(digits_workdir: Path) -> None:
     record = json.loads((digits_workdir / "outputs/digits-0/run.json").read_text())
-    assert set(record) == {"train_gan", "fit_latent", "evaluate"}
+    assert set(record) == {"train_gan", "fit_latent", "fit_baselines", "evaluate"}
     for script in record.values():
         assert script["seconds"] > 0 and script["device"].startswith("cpu") and script["versions"]["torch"]
         assert os.name == "nt" or script["peak_memory_mib"] > 50
