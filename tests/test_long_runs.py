@@ -209,8 +209,8 @@ def test_folder_that_cannot_be_written(fails: Callable[..., str]) -> None:
 
 
 def test_second_process_is_refused(trained: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
-    first = start(tmp_path, *FIT)
-    first.wait_for(lambda: len(shards(tmp_path)) > 0)
+    first = start(tmp_path, *FIT, "--steps", "1000")  # long enough for all three
+    first.wait_for(lambda: "run: " in first.output.read_text())
     try:
         for command in (FIT, ["evaluate.py"], [*TRAIN, "--fresh"]):
             assert f"another process is at work in {RUN}" in fails(*command)
