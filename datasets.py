@@ -175,8 +175,7 @@ def open_split(dataset: str, split: str, normal_class: str) -> ImageSet:
     every training image of another class; `test` is the data set's own test part. Raises InputError for an unknown
     split, data set or class, and for a normal class with fewer than five training images.
     """
-    if split not in SPLITS:
-        raise InputError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
+    check_splits([split])
     images = open_dataset(dataset, "test" if split == "test" else "train")
     label = class_label(images.classes, normal_class)
     if split == "test":

@@ -146,18 +146,16 @@ def read_baselines(run_dir: Path, gan: util.TrainedGAN, split: str, index: np.nd
         found = util.read_arrays(path, "fit_baselines.py", split, gan, dict.fromkeys(util.BASELINES, ()))
     except util.InputError as error:
         raise util.InputError(f"{error}: {again} again, or remove it") from error
-    row = {number: i for i, number in enumerate(found["index"])}
-    if missing := set(index) - set(row):
-        raise util.InputError(f"{path} lacks {len(missing)} of the images that were searched: {again} again")
-    rows = [row[number] for number in index]
+    rows = np.isin(found["index"], index)  # both in the data set's order
+    if not np.array_equal(found["index"][rows], index):
+        raise util.InputError(f"{path} lacks some of the images that were searched: {again} again")
     return {name: found[name][rows] for name in util.BASELINES}
 
 
 def fitted_images(gan: util.TrainedGAN, split: str, latents: dict) -> datasets.ImageSet:
     """The images that these latents belong to. Raises InputError if the data set has changed since."""
     image_set = datasets.open_split(gan.dataset, split, gan.normal_class)
-    position = {index: i for i, index in enumerate(image_set.index)}
-    fitted = image_set.take(np.array([position.get(index, 0) for index in latents["index"]]))
+    fitted = image_set.take(np.isin(image_set.index, latents["index"]))  # both in the data set's order
     for name in ("index", "label", "source"):
         if not np.array_equal(getattr(fitted, name), latents[name]):
             raise util.InputError(
@@ -181,7 +179,7 @@ def score_split(
     decoded = datasets.image_batches(image_set, batches, gan.image_size, gan.image_channels)
     logits = [gan.discriminator(datasets.to_model(images, config.device)).cpu() for images, *_ in decoded]
     scores = {
-        "anomaly_score": weighted(latents),
+        "anomaly_score": util.fitted_score(latents),
         "residual": latents["residual"],
         "discrimination": latents["discrimination"],
         # 1 - sigmoid(l) = sigmoid(-l); in float64, or a confident D would make ties at 0 and 1
@@ -193,7 +191,7 @@ def score_split(
                 f"the two searches of {split} are not of the same images: run fit_latent.py with --discrimination "
                 "features and with reference, and the same --max-images"
             )
-        scores["gan_r"] = weighted(reference)
+        scores["gan_r"] = util.fitted_score(reference)
     scores |= read_baselines(run_dir, gan, split, image_set.index)
     return ScoredSplit(
         images=image_set,
@@ -202,12 +200,6 @@ def score_split(
         is_anomaly=image_set.label != gan.classes.index(gan.normal_class),
         scores=scores,
     )
-
-
-def weighted(latents: dict) -> np.ndarray:
-    """A(x) of fitted images (N,), with the λ of their search."""
-    weight = latents["search"]["discrimination_weight"]
-    return util.anomaly_score(latents["residual"], latents["discrimination"], weight)
 
 
 @torch.no_grad()

@@ -283,8 +283,7 @@ def merge_shards(path: Path, shards: list[Path], split: str, gan: util.TrainedGA
     scores, shapes, kinds = [], [], []
     for shard in shards:
         latents = util.read_latents(shard, split, gan)
-        weight = latents["search"]["discrimination_weight"]
-        scores.append(util.anomaly_score(latents["residual"], latents["discrimination"], weight))
+        scores.append(util.fitted_score(latents))
         shapes.append({name: latents[name].shape for name in util.PER_IMAGE})
         kinds.append({name: latents[name].dtype for name in util.PER_IMAGE})
     about = {"split": split, "gan": gan.fingerprint, "search": json.dumps(latents["search"]), "asked_for": asked_for}
@@ -337,7 +336,8 @@ def main(config: Config) -> None:
             shards = {folder / f"{i:06d}.npz": part for i, part in enumerate(rows)}
 
             # Rank 0 says what is missing, and every process takes its share
-            util.check_agreement(gan=gan.fingerprint, settings=search, images=image_set.fingerprint())
+            asked_for = image_set.fingerprint()
+            util.check_agreement(gan=gan.fingerprint, settings=search, images=asked_for)
             missing: dict[Path, range] | None = None
             if rank == 0:
                 missing = missing_shards(path, shards, split, gan, search, image_set, config.skip_unreadable)
@@ -353,7 +353,7 @@ def main(config: Config) -> None:
                 done = [shard for shard in shards if shard not in chain(*unreadable)]
                 if not done:
                     raise util.InputError(f"none of the {len(image_set)} images of the split {split} can be read")
-                scores = merge_shards(path, done, split, gan, image_set.fingerprint())
+                scores = merge_shards(path, done, split, gan, asked_for)
                 shutil.rmtree(folder)
                 if skipped := len(image_set) - len(scores):
                     print(f"skipped {skipped} of {len(image_set)} images, which cannot be read")

@@ -399,6 +399,12 @@ def read_latents(path: Path, split: str, gan: TrainedGAN) -> dict[str, Any]:
     return latents
 
 
+def fitted_score(latents: dict[str, Any]) -> np.ndarray:
+    """A(x) of what `read_latents` returned (N,), with the λ of its search."""
+    weight = latents["search"]["discrimination_weight"]
+    return anomaly_score(latents["residual"], latents["discrimination"], weight)
+
+
 def read_arrays(
     path: Path, script: str, split: str, gan: TrainedGAN, shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, Any]:

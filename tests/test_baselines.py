@@ -68,9 +68,7 @@ def test_scores_are_those_of_the_images_that_were_searched(digits_workdir: Path)
         (["--seed", "9999999999"], "--seed must be below 2**32"),
     ],
 )
-def test_wrong_flags(
-    digits_workdir: Path, tmp_path: Path, fails: Callable[..., str], flags: list[str], words: str
-) -> None:
+def test_wrong_flags(digits_workdir: Path, fails: Callable[..., str], flags: list[str], words: str) -> None:
     assert words in fails("fit_baselines.py", "--run-dir", str(digits_workdir / "outputs/digits-0"), *flags)
 
 
