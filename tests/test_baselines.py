@@ -35,6 +35,17 @@ def test_kernel_density_by_hand() -> None:
     assert model.score_samples(x[None])[0] == pytest.approx(expected)
 
 
+def test_kernel_density_is_exact_in_many_dimensions() -> None:
+    """With scikit-learn's default tree, log-densities of pictures are wrong by hundreds."""
+    spread = 5 * 0.97 ** np.arange(200)  # as principal components have
+    vectors, fresh = (np.random.default_rng(i).normal(size=(1500, 200)) * spread for i in range(2))
+    model = choose_bandwidth(vectors, seed=0)
+    h, x = model.bandwidth, fresh[:20]
+    exponents = -((x[:, None] - vectors) ** 2).sum(2) / (2 * h**2)
+    expected = logsumexp(exponents, axis=1) - np.log(1500) - 100 * np.log(2 * np.pi * h**2)
+    np.testing.assert_allclose(model.score_samples(x), expected)
+
+
 def test_bandwidth_is_likeliest_on_fresh_images() -> None:
     model = choose_bandwidth(NORMAL, seed=0)
     fresh = np.random.default_rng(1).normal(size=(300, 3)) * [3, 2, 1]
