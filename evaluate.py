@@ -8,6 +8,7 @@ Writes scores.csv, metrics.json and five pictures to the run folder. A high scor
 
 import csv
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 import datasets
 import plots
+import runs
 import util
 
 
@@ -40,6 +42,7 @@ class ScoredSplit:
     class_name: np.ndarray  # (N,) str
     is_anomaly: np.ndarray  # (N,) bool
     scores: dict[str, np.ndarray]  # by name: anomaly_score, residual, discrimination, p_d, ...; each (N,)
+    seconds: dict[str, float]  # by name, for those that were computed here and not read
 
 
 def p_values(score: np.ndarray, validation_score: np.ndarray) -> np.ndarray:
@@ -107,7 +110,7 @@ def threshold_metrics(score: np.ndarray, is_anomaly: np.ndarray, threshold: floa
 
 
 def read_fits(
-    run_dir: Path, gan: util.TrainedGAN, splits: list[str], discrimination: str = "features"
+    run_dir: Path, gan: runs.TrainedGAN, splits: list[str], discrimination: str = "features"
 ) -> dict[str, dict]:
     """The latents of these splits, found by feature matching or another discrimination loss.
 
@@ -116,9 +119,9 @@ def read_fits(
     again = f"run fit_latent.py --run-dir {run_dir} --discrimination {discrimination} --splits"
     latents = {}
     for split in splits:
-        path = util.latents_path(run_dir, split, discrimination)
+        path = runs.latents_path(run_dir, split, discrimination)
         try:
-            latents[split] = util.read_latents(path, split, gan)
+            latents[split] = runs.read_latents(path, split, gan)
         except util.InputError as error:
             raise util.InputError(f"{error}: {again} {split}, which mends it") from error
         if latents[split]["search"]["discrimination"] != discrimination:
@@ -133,7 +136,7 @@ def read_fits(
     return latents
 
 
-def read_baselines(run_dir: Path, gan: util.TrainedGAN, split: str, index: np.ndarray) -> dict[str, np.ndarray]:
+def read_baselines(run_dir: Path, gan: runs.TrainedGAN, split: str, index: np.ndarray) -> dict[str, np.ndarray]:
     """The scores of the baselines for the images of these indices (N,), by name, each (N,); none if none were fitted.
 
     Raises InputError if a file is not what its name says, or lacks one of the images.
@@ -143,16 +146,16 @@ def read_baselines(run_dir: Path, gan: util.TrainedGAN, split: str, index: np.nd
         return {}
     again = f"run fit_baselines.py --run-dir {run_dir} --splits {split}"
     try:
-        found = util.read_arrays(path, "fit_baselines.py", split, gan, dict.fromkeys(util.BASELINES, ()))
+        found = runs.read_arrays(path, "fit_baselines.py", split, gan, dict.fromkeys(runs.BASELINES, ()))
     except util.InputError as error:
         raise util.InputError(f"{error}: {again} again, or remove it") from error
     rows = np.isin(found["index"], index)  # both in the data set's order
     if not np.array_equal(found["index"][rows], index):
         raise util.InputError(f"{path} lacks some of the images that were searched: {again} again")
-    return {name: found[name][rows] for name in util.BASELINES}
+    return {name: found[name][rows] for name in runs.BASELINES}
 
 
-def fitted_images(gan: util.TrainedGAN, split: str, latents: dict) -> datasets.ImageSet:
+def fitted_images(gan: runs.TrainedGAN, split: str, latents: dict) -> datasets.ImageSet:
     """The images that these latents belong to. Raises InputError if the data set has changed since."""
     image_set = datasets.open_split(gan.dataset, split, gan.normal_class)
     fitted = image_set.take(np.isin(image_set.index, latents["index"]))  # both in the data set's order
@@ -165,25 +168,66 @@ def fitted_images(gan: util.TrainedGAN, split: str, latents: dict) -> datasets.I
     return fitted
 
 
+def direct_scores(
+    run_dir: Path, gan: runs.TrainedGAN, device: torch.device
+) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """The scores that need no search, by name: functions from images (N, C, H, W) in [-1, 1] to (N,).
+
+    P_D = 1 - P(x is real) always; f-AnoGAN's A_R + κ A_D, see `util.izi_f_loss`, and
+    the aCAE's residual |x - x̂| summed over pixels, if encoder.pt and acae.pt are there.
+    """
+
+    def p_d(x: torch.Tensor) -> torch.Tensor:
+        # 1 - sigmoid(l) = sigmoid(-l); in float64, or a confident D would make ties at 0 and 1
+        return gan.discriminator(x).cpu().double().neg().sigmoid()
+
+    scores = {"p_d": p_d}
+    if (run_dir / "encoder.pt").is_file():
+        trained = runs.load_encoder(run_dir, gan, device)
+
+        def f_anogan(x: torch.Tensor) -> torch.Tensor:
+            generated = gan.generator(trained.encoder(x))
+            features, generated_features = gan.discriminator.features(x), gan.discriminator.features(generated)
+            residual, discrimination = util.izi_f_loss(x, generated, features, generated_features)
+            return residual + trained.kappa * discrimination
+
+        scores["f_anogan"] = f_anogan
+    if (run_dir / "acae.pt").is_file():
+        autoencoder = runs.load_acae(run_dir, gan, device)
+        scores["acae"] = lambda x: util.residual_loss(x, autoencoder(x))
+    return scores
+
+
 @torch.no_grad()
 def score_split(
-    run_dir: Path, gan: util.TrainedGAN, split: str, latents: dict, reference: dict | None, config: Config
+    run_dir: Path,
+    gan: runs.TrainedGAN,
+    split: str,
+    latents: dict,
+    reference: dict | None,
+    direct: dict[str, Callable[[torch.Tensor], torch.Tensor]],
+    config: Config,
 ) -> ScoredSplit:
-    """Every score that the run folder allows: A(x), its parts R and D, and P_D = 1 - P(x is real) always, then A(x) of
-    GAN_R and the baselines if they were fitted.
+    """Every score that the run folder allows: A(x) and its parts R and D, those of `direct_scores`, then A(x) of GAN_R
+    and the baselines if they were fitted.
 
     Raises InputError if `reference`, the latents of GAN_R, are not of the same images.
     """
     image_set = fitted_images(gan, split, latents)
     batches = datasets.chunks(range(len(image_set)), config.batch_size)
     decoded = datasets.image_batches(image_set, batches, gan.image_size, gan.image_channels)
-    logits = [gan.discriminator(datasets.to_model(images, config.device)).cpu() for images, *_ in decoded]
+    found, seconds = {name: [] for name in direct}, dict.fromkeys(direct, 0.0)
+    for images, *_ in decoded:
+        x = datasets.to_model(images, config.device).contiguous(memory_format=torch.channels_last)
+        for name, score in direct.items():
+            begun = time.monotonic()
+            found[name].append(score(x).cpu())
+            seconds[name] += time.monotonic() - begun
     scores = {
-        "anomaly_score": util.fitted_score(latents),
+        "anomaly_score": runs.fitted_score(latents),
         "residual": latents["residual"],
         "discrimination": latents["discrimination"],
-        # 1 - sigmoid(l) = sigmoid(-l); in float64, or a confident D would make ties at 0 and 1
-        "p_d": torch.cat(logits).double().neg().sigmoid().numpy(),
+        **{name: torch.cat(parts).numpy() for name, parts in found.items()},
     }
     if reference is not None:
         if not np.array_equal(reference["index"], latents["index"]):
@@ -191,7 +235,7 @@ def score_split(
                 f"the two searches of {split} are not of the same images: run fit_latent.py with --discrimination "
                 "features and with reference, and the same --max-images"
             )
-        scores["gan_r"] = util.fitted_score(reference)
+        scores["gan_r"] = runs.fitted_score(reference)
     scores |= read_baselines(run_dir, gan, split, image_set.index)
     return ScoredSplit(
         images=image_set,
@@ -199,12 +243,13 @@ def score_split(
         class_name=np.array(gan.classes)[image_set.label],
         is_anomaly=image_set.label != gan.classes.index(gan.normal_class),
         scores=scores,
+        seconds=seconds,
     )
 
 
 @torch.no_grad()
 def real_and_generated(
-    gan: util.TrainedGAN, split: ScoredSplit, rows: np.ndarray, config: Config
+    gan: runs.TrainedGAN, split: ScoredSplit, rows: np.ndarray, config: Config
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x and G(z) of some rows of a split, each (N, C, H, W) in [0, 1] on the CPU."""
     images, _ = datasets.load_images(split.images.take(rows), gan.image_size, gan.image_channels)
@@ -216,7 +261,7 @@ def real_and_generated(
 def write_scores(path: Path, scored: dict[str, ScoredSplit], threshold: float) -> None:
     """scores.csv, a row an image."""
     validation_score = scored["validation"].scores["anomaly_score"]
-    with util.replacing(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="replace") as file:
+    with runs.replacing(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="replace") as file:
         writer = csv.writer(file)
         about = ["split", "index", "source", "label", "class_name", "is_anomaly"]
         writer.writerow([*about, *scored["test"].scores, "p_value", "flagged"])
@@ -270,24 +315,27 @@ def main(config: Config) -> None:
     if not 0 < config.quantile < 1:
         raise util.InputError(f"--quantile must lie between 0 and 1, not {config.quantile}")
     device = util.pick_device(config.device)
-    run_dir = util.find_run(config.run_dir)
-    with util.run_folder(run_dir):
+    run_dir = runs.find_run(config.run_dir)
+    with runs.run_folder(run_dir):
         evaluate(config, run_dir, device)
 
 
 def evaluate(config: Config, run_dir: Path, device: torch.device) -> None:
     """The scores, figures and pictures of a run folder."""
     started = time.monotonic()
-    gan = util.load_gan(run_dir, device)
+    gan = runs.load_gan(run_dir, device)
     print(f"run: {run_dir}   normal class: {gan.normal_class}   trained for {gan.epoch:.4g} epochs   device: {device}")
 
     # Score every split that was fitted
-    others = [split for split in ("train", "train_anomalies") if util.latents_path(run_dir, split).is_file()]
+    others = [split for split in ("train", "train_anomalies") if runs.latents_path(run_dir, split).is_file()]
     splits = ["validation", "test", *others]
     fits, references = read_fits(run_dir, gan, splits), {}
-    if any(util.latents_path(run_dir, split, "reference").is_file() for split in splits):
+    if any(runs.latents_path(run_dir, split, "reference").is_file() for split in splits):
         references = read_fits(run_dir, gan, splits, "reference")
-    scored = {split: score_split(run_dir, gan, split, fits[split], references.get(split), config) for split in splits}
+    direct = direct_scores(run_dir, gan, device)
+    scored = {
+        split: score_split(run_dir, gan, split, fits[split], references.get(split), direct, config) for split in splits
+    }
     if len({tuple(split.scores) for split in scored.values()}) > 1:
         raise util.InputError(
             f"not every split has baselines: run fit_baselines.py --run-dir {run_dir} --splits {' '.join(splits)}"
@@ -315,7 +363,7 @@ def evaluate(config: Config, run_dir: Path, device: torch.device) -> None:
     }
     if "train_anomalies" in scored:
         metrics["all_splits"] = protocol_metrics([validation, test, scored["train_anomalies"]], config)
-    util.write_json(run_dir / "metrics.json", metrics)
+    runs.write_json(run_dir / "metrics.json", metrics)
     write_scores(run_dir / "scores.csv", scored, threshold)
 
     # Pictures
@@ -354,7 +402,8 @@ def evaluate(config: Config, run_dir: Path, device: torch.device) -> None:
         title,
     )
 
-    util.record_run(run_dir, "evaluate", config, device, time.monotonic() - started)
+    score_1000 = {name: round(1000 * spent / len(test.images), 4) for name, spent in test.seconds.items()}
+    runs.record_run(run_dir, "evaluate", config, device, time.monotonic() - started, seconds_to_score_1000=score_1000)
     print_table(metrics)
     print(
         f"\nwrote {run_dir}/: scores.csv metrics.json roc.png score_histograms.png per_class_auc.png "

@@ -23,6 +23,7 @@ from sklearn.neighbors import KernelDensity
 from sklearn.svm import OneClassSVM
 
 import datasets
+import runs
 import util
 
 
@@ -76,9 +77,9 @@ def main(config: Config) -> None:
         if not 0 < getattr(config, name) < 1:
             raise util.InputError(f"--{name} must lie between 0 and 1, not {getattr(config, name)}")
     datasets.check_splits(config.splits)
-    run_dir = util.find_run(config.run_dir)
-    with util.run_folder(run_dir):
-        gan = util.load_gan(run_dir, torch.device("cpu"))
+    run_dir = runs.find_run(config.run_dir)
+    with runs.run_folder(run_dir):
+        gan = runs.load_gan(run_dir, torch.device("cpu"))
         print(f"run: {run_dir}   normal class: {gan.normal_class}")
 
         def load(split: str) -> tuple[np.ndarray, datasets.ImageSet]:
@@ -93,8 +94,8 @@ def main(config: Config) -> None:
         vectors = pca.transform(vectors)  # (N, D)
         print(f"{len(vectors)} training images, {pca.n_components_} principal components")
 
-        fit_seconds, score_seconds, models = {}, dict.fromkeys(util.BASELINES, 0.0), {}
-        for name in util.BASELINES:
+        fit_seconds, score_seconds, models = {}, dict.fromkeys(runs.BASELINES, 0.0), {}
+        for name in runs.BASELINES:
             begun = time.monotonic()
             models[name] = fit_baseline(name, vectors, config)
             fit_seconds[name] = time.monotonic() - begun
@@ -108,14 +109,14 @@ def main(config: Config) -> None:
                 scores[name] = -model.score_samples(components)
                 score_seconds[name] += time.monotonic() - begun
             count += len(images)
-            with util.replacing(run_dir / f"baselines-{split}.npz") as partial:
+            with runs.replacing(run_dir / f"baselines-{split}.npz") as partial:
                 np.savez(partial, **scores, index=images.index, source=images.source, split=split, gan=gan.fingerprint)
         seconds = {
             name: {"fit": round(fit_seconds[name], 2), "score_1000": round(1000 * score_seconds[name] / count, 3)}
             for name in models
         }
         bandwidth, components = float(models["kde"].bandwidth), int(pca.n_components_)
-        util.record_run(
+        runs.record_run(
             run_dir,
             "fit_baselines",
             config,

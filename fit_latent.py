@@ -4,6 +4,7 @@
     python fit_latent.py --max-images 1000                    # a thousand images of each split, all classes alike
     python fit_latent.py --splits train_anomalies --run-dir outputs/cifar10-automobile
     python fit_latent.py --discrimination reference           # GAN_R: guided by D's own verdict, beside the others
+    python fit_latent.py --init encoder --steps 25            # starts at E(x), after train_encoder.py
     torchrun --standalone --nproc-per-node=8 fit_latent.py    # on eight GPUs: each takes its share of the shards
 
 Writes latents-<split>.npz to the run folder: z, residual and discrimination of every image. Until all are found, what
@@ -31,10 +32,12 @@ from torch.optim import Adam
 from tqdm import tqdm
 
 import datasets
+import runs
 import util
 from network import Discriminator, Generator
 
 Discrimination = Literal["features", "reference"]
+Init = Literal["candidates", "encoder"]
 
 
 @dataclass
@@ -46,6 +49,7 @@ class Config:
     lr: float = 0.4  # Adam's largest step size: up to it over the first fifth of the steps, down over the last
     discrimination: Discrimination = "features"  # feature matching, or reference: -log D(G(z)), Yeh et al. 2016
     discrimination_weight: float = 0.1  # lambda: the loss is (1 - lambda) residual + lambda discrimination
+    init: Init = "candidates"  # where a search starts: the nearest of these, or E(x) of train_encoder.py
     candidates: int = 4000  # generated images among which a search starts at the nearest; with 1, at the same z for all
     batch_size: int | None = None  # images at once, by default 64 on a CPU and 512 on a GPU; it changes no result
     shard_size: int = 1024  # images between two writes: what a crash can cost each process
@@ -145,11 +149,11 @@ def stratified_subset(label: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def why_redo(
-    path: Path, split: str, gan: util.TrainedGAN, search: dict, images: datasets.ImageSet, skip_unreadable: bool
+    path: Path, split: str, gan: runs.TrainedGAN, search: dict, images: datasets.ImageSet, skip_unreadable: bool
 ) -> str | None:
     """What keeps a file of latents from being that of these images and settings; None if nothing does."""
     try:
-        latents = util.read_latents(path, split, gan)
+        latents = runs.read_latents(path, split, gan)
     except util.InputError as error:
         return str(error)
     if latents["search"] != search:
@@ -161,7 +165,7 @@ def why_redo(
     return None
 
 
-def chosen_images(gan: util.TrainedGAN, split: str, config: Config) -> datasets.ImageSet:
+def chosen_images(gan: runs.TrainedGAN, split: str, config: Config) -> datasets.ImageSet:
     """The images of a split, or --max-images of them. Raises InputError if there are none, or of other classes."""
     images = datasets.open_split(gan.dataset, split, gan.normal_class)
     if images.classes != gan.classes:
@@ -177,7 +181,7 @@ def missing_shards(
     path: Path,
     shards: dict[Path, range],
     split: str,
-    gan: util.TrainedGAN,
+    gan: runs.TrainedGAN,
     search: dict,
     image_set: datasets.ImageSet,
     skip_unreadable: bool,
@@ -210,17 +214,18 @@ def fit_shards(
     shards: dict[Path, range],
     split: str,
     image_set: datasets.ImageSet,
-    gan: util.TrainedGAN,
-    candidates: Candidates,
+    gan: runs.TrainedGAN,
+    start: Callable[[torch.Tensor], torch.Tensor],
     search: dict,
     config: Config,
 ) -> list[Path]:
     """Search the images at these positions of the set, and write each shard when it is done.
 
+    `start` takes images (N, C, H, W) in [-1, 1] to the z (N, latent_dim) that their searches start from.
     Returns the shards of which no image can be read, and which are not written. Raises InputError for an image that
     cannot be read, unless they are to be skipped, and for a search that diverges.
     """
-    device = candidates.z.device
+    device = next(gan.generator.parameters()).device
     # No batch reaches over the end of a shard, so its results do not depend on who did the others
     batch_size = config.batch_size or (512 if device.type == "cuda" else 64)
     batches = {path: datasets.chunks(rows, batch_size) for path, rows in shards.items()}
@@ -247,7 +252,7 @@ def fit_shards(
                     gan.generator,
                     gan.discriminator,
                     x,
-                    nearest_candidates(x, candidates),
+                    start(x),
                     search["steps"],
                     search["lr"],
                     search["discrimination_weight"],
@@ -269,67 +274,66 @@ def fit_shards(
             arrays = {"z": z, "residual": residual, "discrimination": discrimination}
             arrays |= {name: getattr(image_set, name)[positions] for name in ("label", "index", "source")}
             asked_for = image_set.take(shards[path]).fingerprint()
-            util.write_latents(
+            runs.write_latents(
                 path, arrays, split=split, gan=gan.fingerprint, search=json.dumps(search), asked_for=asked_for
             )
     return unreadable
 
 
-def merge_shards(path: Path, shards: list[Path], split: str, gan: util.TrainedGAN, asked_for: str) -> np.ndarray:
-    """Write the latents of all shards, in this order, to one file that `util.read_latents` reads; their A(x) (N,).
+def merge_shards(path: Path, shards: list[Path], split: str, gan: runs.TrainedGAN, asked_for: str) -> np.ndarray:
+    """Write the latents of all shards, in this order, to one file that `runs.read_latents` reads; their A(x) (N,).
 
     Never holds more than one shard. Raises InputError if a shard is not what it was when it was written.
     """
     scores, shapes, kinds = [], [], []
     for shard in shards:
-        latents = util.read_latents(shard, split, gan)
-        scores.append(util.fitted_score(latents))
-        shapes.append({name: latents[name].shape for name in util.PER_IMAGE})
-        kinds.append({name: latents[name].dtype for name in util.PER_IMAGE})
+        latents = runs.read_latents(shard, split, gan)
+        scores.append(runs.fitted_score(latents))
+        shapes.append({name: latents[name].shape for name in runs.PER_IMAGE})
+        kinds.append({name: latents[name].dtype for name in runs.PER_IMAGE})
     about = {"split": split, "gan": gan.fingerprint, "search": json.dumps(latents["search"]), "asked_for": asked_for}
-    with util.replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as merged:
-        for name in util.ABOUT:
+    with runs.replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as merged:
+        for name in runs.ABOUT:
             with merged.open(f"{name}.npy", "w") as member:
                 np.lib.format.write_array(member, np.array(about[name]))
-        for name in util.PER_IMAGE:
+        for name in runs.PER_IMAGE:
             kind = np.result_type(*(each[name] for each in kinds))  # names are as long as the longest
             shape = (sum(each[name][0] for each in shapes), *shapes[0][name][1:])
             header = {"shape": shape, "descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False}
             with merged.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array_header_1_0(member, header)
                 for shard in shards:
-                    member.write(util.read_latents(shard, split, gan)[name].astype(kind).tobytes())
+                    member.write(runs.read_latents(shard, split, gan)[name].astype(kind).tobytes())
     return np.concatenate(scores)
 
 
 def main(config: Config) -> None:
     """Search, and write latents-<split>.npz of every split asked for."""
     started = time.monotonic()
-    util.check_at_least(config, 1, "steps", "candidates", "shard_size")
+    util.check_at_least(config, 1, "steps", "candidates", "shard_size", "max_images", "batch_size")
     util.check_at_least(config, 0, "lr", "discrimination_weight")
     util.check_seed(config.seed)
-    for name in ("max_images", "batch_size"):
-        if getattr(config, name) is not None:
-            util.check_at_least(config, 1, name)
     if config.discrimination_weight > 1:
         raise util.InputError(f"--discrimination-weight must be at most 1, not {config.discrimination_weight}")
     datasets.check_splits(config.splits)
     device = util.pick_device(config.device)
     precision = util.pick_precision(config.precision, device)
-    run_dir = util.find_run(config.run_dir)
+    run_dir = runs.find_run(config.run_dir)
     settings = ("steps", "lr", "discrimination", "discrimination_weight", "candidates", "seed")
     search = {name: getattr(config, name) for name in settings} | {"precision": precision}
     # With slower machines among them, who is done first waits long for the last
-    with util.processes(device, patience=timedelta(days=1)) as (rank, processes), util.run_folder(run_dir):
-        gan = util.load_gan(run_dir, device)
+    with util.processes(device, patience=timedelta(days=1)) as (rank, processes), runs.run_folder(run_dir):
+        gan = runs.load_gan(run_dir, device)
         print(
             f"run: {run_dir}   normal class: {gan.normal_class}   epochs: {gan.epoch:.4g}   "
             f"device: {device}, {precision}   processes: {processes}"
         )
-        candidates = draw_candidates(gan.generator, gan.latent_dim, config.candidates, config.seed)
-        fitted = {}
+        start, fitted = None, {}
+        if config.init == "encoder":
+            trained = runs.load_encoder(run_dir, gan, device)
+            start, search["encoder"] = trained.encoder, trained.fingerprint
         for split in config.splits:
-            path = util.latents_path(run_dir, split, config.discrimination)
+            path = runs.latents_path(run_dir, split, config.discrimination)
             folder = path.with_suffix("")  # of the shards
             image_set = chosen_images(gan, split, config)
             rows = datasets.chunks(range(len(image_set)), config.shard_size)
@@ -346,7 +350,10 @@ def main(config: Config) -> None:
                 print(f"{path} is complete: nothing to search")
                 continue
             mine = dict(list(missing.items())[rank::processes])
-            unreadable = util.from_all(fit_shards(mine, split, image_set, gan, candidates, search, config))
+            if start is None:
+                candidates = draw_candidates(gan.generator, gan.latent_dim, config.candidates, config.seed)
+                start = partial(nearest_candidates, candidates=candidates)
+            unreadable = util.from_all(fit_shards(mine, split, image_set, gan, start, search, config))
 
             # Rank 0 makes one file of the shards
             if rank == 0:
@@ -361,9 +368,19 @@ def main(config: Config) -> None:
                 searched = sum(map(len, missing.values()))
                 fitted[path.name] = {"images": len(scores), "searched": searched, "mean_loss": float(scores.mean())}
         if rank == 0 and fitted:
+            name = "fit_latent" if config.discrimination == "features" else f"fit_latent_{config.discrimination}"
             seconds = time.monotonic() - started
-            util.record_run(
-                run_dir, "fit_latent", config, device, seconds, precision=precision, processes=processes, fitted=fitted
+            searched = sum(each["searched"] for each in fitted.values())
+            runs.record_run(
+                run_dir,
+                name,
+                config,
+                device,
+                seconds,
+                precision=precision,
+                processes=processes,
+                fitted=fitted,
+                seconds_to_score_1000=round(1000 * seconds / searched, 3),
             )
             print(f"wrote {run_dir}/: {' '.join(fitted)} run.json")
         print(f"next: python evaluate.py --run-dir {run_dir}")

@@ -1,4 +1,4 @@
-"""The two networks of a DCGAN (Radford et al. 2016), as AnoGAN (Schlegl et al. 2017) uses them.
+"""The two networks of a DCGAN (Radford et al. 2016), as AnoGAN (Schlegl et al. 2017) uses them, and an encoder.
 
 `image_size` sets the length of both ladders: every rung doubles or halves the side, between 4 and `image_size`.
 At 64 the generator's widths are 8, 4, 2, 1 x ngf at 4x4, 8x8, 16x16, 32x32, then the image; the discriminator is its
@@ -51,6 +51,21 @@ class Generator(nn.Module):
         return self.layers(z[:, :, None, None])
 
 
+def downward_ladder(image_size: int, image_channels: int, ndf: int) -> nn.Sequential:
+    """The hidden layers of D and E: (N, image_channels, image_size, image_size) to (N, 8 ndf, 4, 4) at image_size 64,
+    and (N, 4 ndf, 4, 4) at 32."""
+    widths = [ndf * multiplier for multiplier in channel_multipliers(image_size)]
+    # Like G's last layer, whose mirror it is, the first has no BatchNorm: it would hide the image's own contrast.
+    layers = [nn.Conv2d(image_channels, widths[0], 4, 2, 1, bias=False), nn.LeakyReLU(0.2, inplace=True)]
+    for narrow, wide in pairwise(widths):  # each rung halves the side
+        layers += [
+            nn.Conv2d(narrow, wide, 4, 2, 1, bias=False),
+            nn.BatchNorm2d(wide),
+            nn.LeakyReLU(0.2, inplace=True),
+        ]
+    return nn.Sequential(*layers)
+
+
 class Discriminator(nn.Module):
     """D: an image in [-1, 1] to one logit; sigmoid(logit) is D's probability that the image is real.
 
@@ -59,17 +74,8 @@ class Discriminator(nn.Module):
 
     def __init__(self, image_size: int = 64, image_channels: int = 3, ndf: int = 64) -> None:
         super().__init__()
-        widths = [ndf * multiplier for multiplier in channel_multipliers(image_size)]
-        # Like G's last layer, whose mirror it is, D's first has no BatchNorm: it would hide the image's own contrast.
-        layers = [nn.Conv2d(image_channels, widths[0], 4, 2, 1, bias=False), nn.LeakyReLU(0.2, inplace=True)]
-        for narrow, wide in pairwise(widths):  # each rung halves the side
-            layers += [
-                nn.Conv2d(narrow, wide, 4, 2, 1, bias=False),
-                nn.BatchNorm2d(wide),
-                nn.LeakyReLU(0.2, inplace=True),
-            ]
-        self.body = nn.Sequential(*layers)
-        self.head = nn.Conv2d(widths[-1], 1, 4, 1, 0, bias=False)
+        self.body = downward_ladder(image_size, image_channels, ndf)
+        self.head = nn.Conv2d(ndf * channel_multipliers(image_size)[-1], 1, 4, 1, 0, bias=False)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """f(x), the output of the last hidden layer: (N, 8 ndf, 4, 4) at image_size 64, (N, 4 ndf, 4, 4) at 32."""
@@ -78,6 +84,23 @@ class Discriminator(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images (N, image_channels, image_size, image_size) in [-1, 1] to logits (N,)."""
         return self.head(self.features(x)).flatten()  # (N, 1, 1, 1) -> (N,)
+
+
+class Encoder(nn.Module):
+    """E: an image in [-1, 1] to a latent z, by D's hidden layers with a head of its own.
+
+    Raises ValueError unless `image_size` is a power of two from 32 up.
+    """
+
+    def __init__(self, image_size: int = 64, image_channels: int = 3, latent_dim: int = 128, ndf: int = 64) -> None:
+        super().__init__()
+        self.body = downward_ladder(image_size, image_channels, ndf)
+        # No tanh or the like behind it: z ~ N(0, I) has no bounds
+        self.head = nn.Conv2d(ndf * channel_multipliers(image_size)[-1], latent_dim, 4, 1, 0, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (N, image_channels, image_size, image_size) in [-1, 1] to z (N, latent_dim)."""
+        return self.head(self.body(x)).flatten(1)  # (N, latent_dim, 1, 1) -> (N, latent_dim)
 
 
 def initialise_weights(module: nn.Module) -> None:

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_curve
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-import util
+import runs
 
 matplotlib.use("Agg")  # files, not windows: a server has no screen
 import matplotlib.pyplot as plt
@@ -24,6 +24,8 @@ LABELS = {
     "residual": "R, residual",
     "discrimination": "D, discrimination",
     "p_d": "P_D, discriminator alone",
+    "f_anogan": "f-AnoGAN, encoder",
+    "acae": "aCAE, reconstruction",
     "gan_r": "A(x) of GAN_R, reference loss",
     "oc_svm": "one-class SVM on pixels",
     "kde": "kernel density of pixels",
@@ -31,26 +33,31 @@ LABELS = {
 }
 
 
+# A score of its own has a colour of its own; R and D share that of A, whose parts they are
+PARTS = {"residual": "--", "discrimination": ":"}
+COLOURS = dict(zip([name for name in LABELS if name not in PARTS], plt.get_cmap("tab10").colors, strict=False))
+COLOURS |= dict.fromkeys(PARTS, COLOURS["anomaly_score"])
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write a figure whole or not at all, and forget it."""
-    with util.replacing(path) as partial:
+    with runs.replacing(path) as partial:
         figure.savefig(partial, dpi=120)
     plt.close(figure)
 
 
-def losses(path: Path, values: np.ndarray, steps_per_epoch: int) -> None:
-    """D loss and G loss, and P(real) and P(fake), the columns of values (steps, 4), against the epoch."""
+def losses(path: Path, values: np.ndarray, panels: dict[str, dict[str, str]], steps_per_epoch: int) -> None:
+    """The columns of values (steps, M) against the epoch: `panels` says, by title, which columns with which labels."""
     window = max(1, len(values) // 200)  # averaged to about 200 points, or the noise hides the trend
-    means = values[: len(values) // window * window].reshape(-1, window, 4).mean(1)
+    means = values[: len(values) // window * window].reshape(-1, window, values.shape[1]).mean(1)
     epochs = (np.arange(len(means)) + 0.5) * window / steps_per_epoch
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    left.plot(epochs, means[:, 0], label="D loss")
-    left.plot(epochs, means[:, 1], label="G loss")
-    left.set(xlabel="epoch", ylabel="loss", title="Losses")
-    right.plot(epochs, means[:, 2], label="P(real): D on real images")
-    right.plot(epochs, means[:, 3], label="P(fake): D on generated images")
-    right.set(xlabel="epoch", ylabel="probability of being real", ylim=(0, 1), title="What D believes")
-    for axes in (left, right):
+    columns = iter(means.T)
+    figure, grid = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), layout="constrained", squeeze=False)
+    for axes, (title, labels) in zip(grid.flat, panels.items(), strict=True):
+        for label in labels.values():
+            axes.plot(epochs, next(columns), label=label)
+        axes.set(xlabel="epoch", title=title)
+        axes.set_ylim(bottom=0)
         axes.legend()
         axes.grid(alpha=0.3)
     save(figure, path)
@@ -83,22 +90,24 @@ def film(path: Path, frames: list[bytes]) -> None:
     """PNG pictures one after the other, in about six seconds, as a GIF."""
     pictures = [Image.open(io.BytesIO(frame)) for frame in frames]
     duration = max(50, 6000 // len(pictures))  # milliseconds a frame
-    with util.replacing(path) as partial:
+    with runs.replacing(path) as partial:
         pictures[0].save(partial, save_all=True, append_images=pictures[1:], duration=duration, loop=0)
 
 
 def roc_curves(path: Path, scores: dict[str, np.ndarray], is_anomaly: np.ndarray, metrics: dict, title: str) -> None:
     """One ROC curve a score, with its area and interval from `metrics`."""
-    figure, axes = plt.subplots(figsize=(6.5, 6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.5, 6.5 + 0.12 * len(scores)), layout="constrained")
     for name, score in scores.items():
         fpr, tpr, _ = roc_curve(is_anomaly, score)
         low, high = metrics[name]["roc_auc_95_interval"]
-        axes.plot(fpr, tpr, label=f"{LABELS[name]}: {metrics[name]['roc_auc']:.3f} [{low:.3f}, {high:.3f}]")
-    axes.plot([0, 1], [0, 1], color="grey", linestyle=":", label="chance: 0.5")
+        label = f"{LABELS[name]}: {metrics[name]['roc_auc']:.3f} [{low:.3f}, {high:.3f}]"
+        axes.plot(fpr, tpr, color=COLOURS[name], linestyle=PARTS.get(name, "-"), label=label)
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, label="chance: 0.5")
     axes.set(xlabel="false positive rate (normals flagged)", ylabel="true positive rate (anomalies flagged)")
     axes.set(title=title, xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    axes.legend(title="ROC-AUC [95% interval]", loc="lower right", fontsize="small")
     axes.grid(alpha=0.3)
+    # below the axes: near chance the curves fill them
+    figure.legend(title="ROC-AUC [95% interval]", loc="outside lower center", ncols=2, fontsize="small")
     save(figure, path)
 
 
@@ -130,7 +139,8 @@ def score_histograms(
 def per_class_auc(path: Path, metrics: dict, title: str) -> None:
     """ROC-AUC of each anomalous class against the normals, a bar a score, with 95% intervals."""
     names = list(next(iter(metrics.values()))["per_class"])
-    figure, axes = plt.subplots(figsize=(max(6.0, 1.1 * len(names) + 2), 4.2), layout="constrained")
+    size = (max(6.0, 0.14 * len(metrics) * len(names) + 2), 4.2)
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
     width = 0.8 / len(metrics)
     for i, (score, overall) in enumerate(metrics.items()):
         auc = np.array([overall["per_class"][name]["roc_auc"] for name in names])
@@ -138,7 +148,16 @@ def per_class_auc(path: Path, metrics: dict, title: str) -> None:
         places = np.arange(len(names)) + (i - (len(metrics) - 1) / 2) * width
         # percentile intervals of a skewed bootstrap may leave out the estimate itself
         errors = np.abs(interval - auc).clip(min=0)
-        axes.bar(places, auc, width, yerr=errors, capsize=2, label=LABELS[score], error_kw={"linewidth": 0.8})
+        alpha = {"residual": 0.6, "discrimination": 0.3}.get(score, 1)
+        axes.bar(
+            places,
+            auc,
+            width,
+            yerr=errors,
+            color=(*COLOURS[score], alpha),
+            label=LABELS[score],
+            error_kw={"linewidth": 0.8},
+        )
     axes.axhline(0.5, color="black", linestyle=":", linewidth=1)
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set(ylabel="ROC-AUC", ylim=(0, 1.03), title=f"{title}: AUC by anomalous class (dotted: chance)")

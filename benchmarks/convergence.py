@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import datasets
 import fit_latent
+import runs
 import util
 from benchmarks import measure
 
@@ -40,8 +41,8 @@ def main(config: Config) -> None:
     """Search with every setting, print the table, draw the curves."""
     device = util.pick_device(config.device)
     precision = util.pick_precision("auto", device)
-    run_dir = util.find_run(config.run_dir)
-    gan = util.load_gan(run_dir, device)
+    run_dir = runs.find_run(config.run_dir)
+    gan = runs.load_gan(run_dir, device)
     validation = datasets.open_split(gan.dataset, "validation", gan.normal_class).take(slice(config.images))
     images, _ = datasets.load_images(validation, gan.image_size, gan.image_channels)
     x = datasets.to_model(images, device).contiguous(memory_format=torch.channels_last)
@@ -67,7 +68,7 @@ def main(config: Config) -> None:
         for lr, losses in rows.items():
             print(f"{name:<18} {lr:>6} " + "".join(f"{loss:>12.1f}" for loss in losses.values()))
     about = measure.about_gan(gan)
-    util.write_json(
+    runs.write_json(
         Path(__file__).parent / "results/convergence.json",
         {
             **about,
@@ -92,7 +93,7 @@ def main(config: Config) -> None:
     figure.suptitle(
         f"{gan.dataset}, {gan.normal_class}, {gan.image_size}x{gan.image_size}, {len(images)} validation images"
     )
-    with util.replacing(Path(__file__).parents[1] / "docs/convergence.png") as partial:
+    with runs.replacing(Path(__file__).parents[1] / "docs/convergence.png") as partial:
         figure.savefig(partial, dpi=100)
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import datasets
 import fit_latent
+import runs
 import util
 from benchmarks import measure
 
@@ -37,8 +38,8 @@ class Config:
 def main(config: Config) -> None:
     """Search with every setting, compare, print, write the JSON file."""
     device = util.pick_device(config.device)
-    run_dir = util.find_run(config.run_dir)
-    gan = util.load_gan(run_dir, device)
+    run_dir = runs.find_run(config.run_dir)
+    gan = runs.load_gan(run_dir, device)
     test = datasets.open_split(gan.dataset, "test", gan.normal_class)
     test = test.take(fit_latent.stratified_subset(test.label, config.images, config.seed))
     images, _ = datasets.load_images(test, gan.image_size, gan.image_channels)
@@ -81,7 +82,7 @@ def main(config: Config) -> None:
             f"{name:<20} {score.mean():>10.1f} {table[name]['median_relative_change']:>14.1%} "
             f"{auc:>8.4f} {auc - full_auc:>+11.4f}"
         )
-    util.write_json(
+    runs.write_json(
         Path(__file__).parent / "results/fidelity.json",
         {
             **measure.about_gan(gan),

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import datasets
 import fit_latent
+import runs
 import util
 from benchmarks import measure
 from network import Discriminator, Generator
@@ -94,8 +95,8 @@ def fit_memory_mib(run_dir: Path, count: int, config: Config) -> int:
 def main(config: Config) -> None:
     """Time single steps, then whole searches down to a loss; print, and write the JSON file."""
     device = util.pick_device(config.device)
-    run_dir = util.find_run(config.run_dir)
-    gan = util.load_gan(run_dir, device)
+    run_dir = runs.find_run(config.run_dir)
+    gan = runs.load_gan(run_dir, device)
     usual_gan = usual_networks(run_dir, device)
     validation = datasets.open_split(gan.dataset, "validation", gan.normal_class).take(slice(config.images))
     images, _ = datasets.load_images(validation, gan.image_size, gan.image_channels)
@@ -194,7 +195,7 @@ def main(config: Config) -> None:
         f"{close[0] if close else 'none of these'} steps\n"
         f"memory of fit_latent.py: {', '.join(f'{mib} MiB for {count} images' for count, mib in memory.items())}"
     )
-    util.write_json(
+    runs.write_json(
         Path(__file__).parent / "results/latent_search.json",
         {
             **about,

@@ -13,7 +13,7 @@ from torch.nn.functional import conv2d
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import util
+import runs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -112,10 +112,10 @@ def about(device: torch.device) -> dict[str, str | None]:
         names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
         name = names[0] if names else platform.processor() or platform.machine()
         hardware = f"{os.cpu_count()} cores, {name}, {torch.backends.cpu.get_cpu_capability()}"
-    return {"hardware": hardware, "torch": torch.__version__, "git_commit": util.git_commit()}
+    return {"hardware": hardware, "torch": torch.__version__, "git_commit": runs.git_commit()}
 
 
-def about_gan(gan: util.TrainedGAN) -> dict[str, Any]:
+def about_gan(gan: runs.TrainedGAN) -> dict[str, Any]:
     """Which GAN a figure belongs to."""
     return {
         "dataset": gan.dataset,

@@ -23,7 +23,9 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor
 
 import datasets
+import runs
 import train_gan
+import training
 import util
 from benchmarks import measure
 from network import Discriminator, Generator, initialise_weights
@@ -82,13 +84,13 @@ def usual_training(image_set: datasets.ImageSet, config: Config, device: torch.d
     for real in DataLoader(pictures, config.batch_size, sampler=endless, num_workers=2):
         real = real.to(device)
         fake = generator(torch.randn(len(real), 128, device=device))
-        loss_d = train_gan.discriminator_loss(discriminator(real), discriminator(fake.detach()))
+        loss_d = util.discriminator_loss(discriminator(real), discriminator(fake.detach()))
         optimizer_d.zero_grad()
         loss_d.backward()
         optimizer_d.step()
         for _ in range(3):
             fake = generator(torch.randn(len(real), 128, device=device))
-            loss_g = train_gan.generator_loss(discriminator(fake))
+            loss_g = util.generator_loss(discriminator(fake))
             optimizer_g.zero_grad()
             loss_g.backward()
             optimizer_g.step()
@@ -99,10 +101,10 @@ def our_training(images: torch.Tensor, precision: str, config: Config, device: t
     """The loop of train_gan.py: yields D's loss, G's loss, P(real) and P(fake) after each step, on the device."""
     ours = train_gan.Config(batch_size=config.batch_size)
     generator, discriminator = networks(config, device)
-    optimizer_g, _ = train_gan.prepare(generator, ours, device)
-    optimizer_d, _ = train_gan.prepare(discriminator, ours, device)
+    optimizer_g, _ = training.prepare(generator, ours, device)
+    optimizer_d, _ = training.prepare(discriminator, ours, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    for real in train_gan.real_batches(images, config.batch_size, config.seed):
+    for real in training.real_batches(images, config.batch_size, config.seed):
         yield train_gan.train_step(generator, discriminator, optimizer_g, optimizer_d, real, ours, autocast)
 
 
@@ -151,7 +153,7 @@ def main(config: Config) -> None:
         print(f"{name:<14} mean loss of the second half of {len(curve)} steps: D {last[0]:.3f}, G {last[1]:.3f}")
     results = Path(__file__).parent / "results"
     ours = list(table.values())[-1]
-    util.write_json(results / f"{config.name}.json", {**about, "images_ratio": ours["ratio"], "loops": table})
+    runs.write_json(results / f"{config.name}.json", {**about, "images_ratio": ours["ratio"], "loops": table})
     draw_curves(Path(__file__).parents[1] / "docs" / f"{config.name}_curves.png", curves, config)
 
 
@@ -169,7 +171,7 @@ def draw_curves(path: Path, curves: dict[str, np.ndarray], config: Config) -> No
     figure.suptitle(
         f"{config.dataset}, {config.normal_class}, {config.image_size}x{config.image_size}, ngf {config.ngf}"
     )
-    with util.replacing(path) as partial:
+    with runs.replacing(path) as partial:
         figure.savefig(partial, dpi=100)
 
 

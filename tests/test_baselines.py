@@ -10,13 +10,13 @@ import pytest
 from scipy.special import logsumexp
 from sklearn.metrics import roc_auc_score
 
-import util
+import runs
 from fit_baselines import Config, choose_bandwidth, fit_baseline
 
 NORMAL = np.random.default_rng(0).normal(size=(300, 3)) * [3, 2, 1]
 
 
-@pytest.mark.parametrize("name", util.BASELINES)
+@pytest.mark.parametrize("name", runs.BASELINES)
 def test_what_is_far_away_scores_lower(name: str) -> None:
     """`score_samples` is high where normal; the script writes its negative."""
     model = fit_baseline(name, NORMAL, Config())
@@ -57,7 +57,7 @@ def test_bandwidth_is_likeliest_on_fresh_images() -> None:
 def test_scores_are_those_of_the_images_that_were_searched(digits_workdir: Path) -> None:
     run_dir = digits_workdir / "outputs/digits-0"
     record = json.loads((run_dir / "run.json").read_text())["fit_baselines"]
-    assert set(record["seconds_by_baseline"]) == set(util.BASELINES) and record["principal_components"] > 1
+    assert set(record["seconds_by_baseline"]) == set(runs.BASELINES) and record["principal_components"] > 1
     with np.load(run_dir / "baselines-test.npz") as file, np.load(run_dir / "latents-test.npz") as latents:
         assert len(file["index"]) == 450 and len(latents["index"]) == 60
         place = np.searchsorted(file["index"], latents["index"])

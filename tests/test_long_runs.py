@@ -18,6 +18,7 @@ import torch
 from conftest import TINY, start
 from test_util import folder
 
+import runs
 import util
 
 TRAIN = ["train_gan.py", "--dataset", "digits", "--epochs", "20", "--checkpoint-every", "25", *TINY]  # 120 steps
@@ -65,7 +66,7 @@ def assert_same_training(run_dir: Path, whole: Path) -> None:
     assert [state.pop("seconds") > 0 for state in states] == [True, True]
     assert_same(*states)
     assert (run_dir / "losses.csv").read_bytes() == (whole / "losses.csv").read_bytes()
-    assert not list(run_dir.glob(f"{util.PARTIAL}*"))
+    assert not list(run_dir.glob(f"{runs.PARTIAL}*"))
 
 
 def assert_same_latents(run_dir: Path, whole: Path, split: str = "test") -> None:
@@ -73,7 +74,7 @@ def assert_same_latents(run_dir: Path, whole: Path, split: str = "test") -> None
     assert first.keys() == second.keys()
     for name in first:
         np.testing.assert_array_equal(first[name], second[name])
-    assert not (run_dir / f"latents-{split}").exists() and not list(run_dir.glob(f"{util.PARTIAL}*"))
+    assert not (run_dir / f"latents-{split}").exists() and not list(run_dir.glob(f"{runs.PARTIAL}*"))
 
 
 def shards(workdir: Path) -> list[Path]:
@@ -180,7 +181,7 @@ def test_full_disk(whole: Path, trained: Path, tmp_path: Path, digits_workdir: P
 
     (trained / "gan.pt").unlink()
     no_room(TRAIN, 20_000)
-    assert not list(trained.glob("*gan.pt")) and not list(trained.glob(f"{util.PARTIAL}*"))
+    assert not list(trained.glob("*gan.pt")) and not list(trained.glob(f"{runs.PARTIAL}*"))
     finish(tmp_path, ["15" if word == "20" else word for word in TRAIN])
     before = (trained / "gan.pt").read_bytes()
     no_room(TRAIN, len(before) // 2)
@@ -217,7 +218,7 @@ def test_second_process_is_refused(trained: Path, tmp_path: Path, fails: Callabl
     finally:
         first.process.kill()
         first.end()
-    with util.run_folder(trained):  # the lock of the dead binds nobody, though its workers may live on a while
+    with runs.run_folder(trained):  # the lock of the dead binds nobody, though its workers may live on a while
         pass
 
 
@@ -290,9 +291,9 @@ def test_files_cut_short(
 def test_flipped_bytes(whole: Path, trained: Path) -> None:
     """Wherever a bit flips, a file is refused or says what it said before."""
     device, places, refused = torch.device("cpu"), random.Random(0), 0
-    gan = util.load_gan(whole, device)
+    gan = runs.load_gan(whole, device)
     good = {name: getattr(gan, name).state_dict() for name in ("generator", "discriminator")}
-    latents = util.read_latents(whole / "latents-test.npz", "test", gan)
+    latents = runs.read_latents(whole / "latents-test.npz", "test", gan)
     for name in ("gan.pt", "latents-test.npz"):
         content = (whole / name).read_bytes()
         for _ in range(150):
@@ -301,13 +302,13 @@ def test_flipped_bytes(whole: Path, trained: Path) -> None:
             (trained / name).write_bytes(spoilt)
             try:
                 if name == "gan.pt":
-                    found = util.load_gan(trained, device)
+                    found = runs.load_gan(trained, device)
                     assert_same({part: getattr(found, part).state_dict() for part in good}, good)
-                    with util.reading_gan(trained) as (state, _), util.reading_gan(whole) as (expected, _):
-                        assert_same(state, expected)
+                    state, expected = (torch.load(at / name, weights_only=True) for at in (trained, whole))
+                    assert_same(state, expected)
                 else:
-                    found = util.read_latents(trained / name, "test", gan)
-                    for key in util.PER_IMAGE:
+                    found = runs.read_latents(trained / name, "test", gan)
+                    for key in runs.PER_IMAGE:
                         np.testing.assert_array_equal(found[key], latents[key])
             except util.InputError:
                 refused += 1
@@ -329,8 +330,8 @@ def test_shards_of_other_settings_are_searched_again(
     done = len(shards(tmp_path))
     run_here(*["20" if word == "100" else word for word in FIT])
     assert capsys.readouterr().out.count("was fitted with other settings: searching it again") == done > 0
-    gan = util.load_gan(trained, torch.device("cpu"))
-    assert util.read_latents(trained / "latents-test.npz", "test", gan)["search"]["steps"] == 20
+    gan = runs.load_gan(trained, torch.device("cpu"))
+    assert runs.read_latents(trained / "latents-test.npz", "test", gan)["search"]["steps"] == 20
 
 
 def test_more_images_are_searched_anew(
@@ -425,7 +426,7 @@ def test_memory_does_not_grow_with_the_number_of_images(
     for count in (500, 20_000):
         flags = ["--splits", "test", "--max-images", str(count), "--steps", "1", "--candidates", "10"]
         finish(tmp_path, ["fit_latent.py", *flags, "--batch-size", "256", "--device", "cpu"])
-        peaks.append(util.read_record(tmp_path / "outputs/set-good")["fit_latent"]["peak_memory_mib"])
+        peaks.append(runs.read_record(tmp_path / "outputs/set-good")["fit_latent"]["peak_memory_mib"])
     assert peaks[1] < peaks[0] + 30  # MiB
 
 
@@ -462,4 +463,4 @@ def test_bad_flags_never_end_in_a_traceback(
             else:
                 assert stopped.code == 2, (script, flag, value)  # tyro's usage message
     assert 30 < refused < 90
-    assert not [path for path in Path("outputs").rglob("*") if path.name.startswith(util.PARTIAL)]
+    assert not [path for path in Path("outputs").rglob("*") if path.name.startswith(runs.PARTIAL)]

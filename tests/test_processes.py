@@ -17,7 +17,9 @@ from test_long_runs import assert_same_latents, assert_same_training
 from torch.nn.functional import logsigmoid
 
 import datasets
+import runs
 import train_gan
+import training
 import util
 from network import Discriminator, Generator, initialise_weights
 
@@ -60,7 +62,7 @@ def test_gradients_are_averaged(tmp_path: Path) -> None:
     for networks in (generators, discriminators):
         networks.append(copy.deepcopy(networks[0]))
     optimizers = {
-        network: train_gan.prepare(network, config, torch.device("cpu"))[0] for network in generators + discriminators
+        network: training.prepare(network, config, torch.device("cpu"))[0] for network in generators + discriminators
     }
 
     def step(networks: list, losses: list[torch.Tensor]) -> None:
@@ -75,10 +77,10 @@ def test_gradients_are_averaged(tmp_path: Path) -> None:
             optimizers[network].step()
 
     random = [torch.Generator(), torch.Generator()]
-    batches = [train_gan.real_batches(images, 8, 0, 0, rank, 2) for rank in range(2)]
+    batches = [training.real_batches(images, 8, 0, 0, rank, 2) for rank in range(2)]
     for number, reals in enumerate(islice(zip(*batches, strict=False), 6)):
         for rank in range(2):
-            random[rank].manual_seed(util.seed_of(0, train_gan.NOISE, number, rank))
+            random[rank].manual_seed(util.seed_of(0, training.NOISE, number, rank))
         for optimizer in optimizers.values():  # a cosine over 15 epochs of 6 steps
             optimizer.param_groups[0]["lr"] = 1e-4 * (1 + math.cos(math.pi * max(0, number - 1) / 90))
 
@@ -166,7 +168,7 @@ def test_processes_that_disagree(tmp_path: Path) -> None:
 def test_fault_of_one_rank(tmp_path: Path) -> None:
     """Rank 0 is refused the run folder; rank 1 says no more than that it was left alone."""
     (tmp_path / RUN).mkdir(parents=True)
-    with util.run_folder(tmp_path / RUN):
+    with runs.run_folder(tmp_path / RUN):
         done = run_process(tmp_path, *TRAIN, processes=2)
     assert done.returncode != 0 and "error: another process is at work in" in done.stderr
     assert "line 1" not in done.stderr.split("torch/distributed/elastic")[0]  # no traceback before torchrun's own

@@ -18,7 +18,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 import datasets
-import util
+import runs
 
 RUN_FILES = {
     *("gan.pt", "losses.csv", "losses.png", "samples.png", "samples.gif", "run.json"),
@@ -99,7 +99,7 @@ def test_every_score_has_the_same_figures(digits_workdir: Path) -> None:
     run_dir = digits_workdir / "outputs/digits-0"
     metrics = json.loads((run_dir / "metrics.json").read_text())
     for protocol in ("test", "all_splits"):
-        names = ["anomaly_score", "residual", "discrimination", "p_d", "gan_r", *util.BASELINES]
+        names = ["anomaly_score", "residual", "discrimination", "p_d", "gan_r", *runs.BASELINES]
         assert list(metrics[protocol]) == names
         assert len({tuple(figures) for figures in metrics[protocol].values()}) == 1
     rows = [row for row in read_scores(run_dir) if row["split"] == "test"]
@@ -189,7 +189,7 @@ def test_folder_of_mixed_pictures(tmp_path: Path) -> None:
     assert "next: python fit_latent.py" in printed[0] and "skipped 1 of 13 images" in printed[1]
     run_dir = tmp_path / "outputs/shapes-disc"
     assert {path.name for path in run_dir.glob("[!.]*")} == RUN_FILES
-    assert util.load_gan(run_dir, torch.device("cpu")).image_channels == 3
+    assert runs.load_gan(run_dir, torch.device("cpu")).image_channels == 3
     sources = [row["source"] for row in read_scores(run_dir)]
     assert "test/cross/2.webp" in sources and "test/cross/broken.png" not in sources
 
@@ -202,7 +202,7 @@ def test_grey_pictures_train_a_one_channel_gan(tmp_path: Path) -> None:
     # a colour picture among the test images is looked at in grey
     Image.new("RGB", (32, 32), "red").save(tmp_path / "grey/test/b/red.png")
     run_all(tmp_path, "--dataset", "grey", "--normal-class", "a")
-    assert util.load_gan(tmp_path / "outputs/grey-a", torch.device("cpu")).image_channels == 1
+    assert runs.load_gan(tmp_path / "outputs/grey-a", torch.device("cpu")).image_channels == 1
 
 
 def write_cifar10_archive(path: Path) -> None:

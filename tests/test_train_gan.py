@@ -14,7 +14,9 @@ from conftest import TINY
 from test_util import folder
 from torch.nn.functional import logsigmoid
 
+import runs
 import train_gan
+import training
 import util
 from network import Discriminator, Generator, initialise_weights
 
@@ -22,14 +24,14 @@ from network import Discriminator, Generator, initialise_weights
 def test_losses_by_hand() -> None:
     real, fake = torch.tensor([0.0, math.log(3)]), torch.tensor([0.0, -math.log(4)])  # D: 1/2, 3/4; 1/2, 1/5
     expected = -(math.log(1 / 2) + math.log(3 / 4)) / 2 - (math.log(1 / 2) + math.log(4 / 5)) / 2
-    assert train_gan.discriminator_loss(real, fake).item() == pytest.approx(expected)
-    assert train_gan.generator_loss(fake).item() == pytest.approx(-(math.log(1 / 2) + math.log(1 / 5)) / 2)
+    assert util.discriminator_loss(real, fake).item() == pytest.approx(expected)
+    assert util.generator_loss(fake).item() == pytest.approx(-(math.log(1 / 2) + math.log(1 / 5)) / 2)
 
 
 def test_losses_do_not_overflow() -> None:
     logits = torch.tensor([1000.0])
-    assert train_gan.discriminator_loss(-logits, logits).item() == pytest.approx(2000)
-    assert train_gan.generator_loss(-logits).item() == pytest.approx(1000)
+    assert util.discriminator_loss(-logits, logits).item() == pytest.approx(2000)
+    assert util.generator_loss(-logits).item() == pytest.approx(1000)
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def test_training_step_is_the_plain_step(float64: None) -> None:
     torch.manual_seed(1)
     expected = plain_steps(*plain, batches, config)
     torch.manual_seed(1)
-    optimizers = [train_gan.prepare(network, config, torch.device("cpu"))[0] for network in ours]
+    optimizers = [training.prepare(network, config, torch.device("cpu"))[0] for network in ours]
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=False)
     found = [train_gan.train_step(*ours, *optimizers, real, config, autocast)[:2].tolist() for real in batches]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-9, atol=0)
@@ -111,7 +113,7 @@ def test_bf16_and_compile_train_the_same(run_here: Callable[..., None], flag: tu
 def seen_by_training(first_step: int, count: int, **where: int) -> list[list[int]]:
     """Which of ten numbered images the batches of training hold, from `first_step` on."""
     images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 1, 2, 2)
-    batches = islice(train_gan.real_batches(images, seed=0, first_step=first_step, **where), count)
+    batches = islice(training.real_batches(images, seed=0, first_step=first_step, **where), count)
     return [batch[:, 0, 0, 0].add(1).mul(127.5).round().int().tolist() for batch in batches]
 
 
@@ -138,19 +140,19 @@ def test_processes_share_an_epoch_out() -> None:
     ("text", "seconds", "steps"), [("10m", 600, math.inf), ("0.5m", 30, math.inf), ("500", math.inf, 500)]
 )
 def test_checkpoint_interval(text: str, seconds: float, steps: float) -> None:
-    assert train_gan.checkpoint_interval(text) == (seconds, steps)
+    assert training.checkpoint_interval(text) == (seconds, steps)
 
 
 def test_learning_rate_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cosine from lr to 0 over 15 epochs, then over 30, stepped by fractions of an epoch."""
     seen = {}
 
-    class Recorder(train_gan.CosineAnnealingWarmRestarts):
+    class Recorder(training.CosineAnnealingWarmRestarts):
         def step(self, epoch: float | None = None) -> None:
             super().step(epoch)
             seen[epoch] = self.get_last_lr()[0]
 
-    monkeypatch.setattr(train_gan, "CosineAnnealingWarmRestarts", Recorder)
+    monkeypatch.setattr(training, "CosineAnnealingWarmRestarts", Recorder)
     dataset = folder(tmp_path / "set", {"train/good": 5, "test/good": 1})  # 4 to train with, so 2 steps an epoch
     train_gan.main(
         train_gan.Config(
@@ -176,8 +178,8 @@ def test_learning_rate_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_same_seed_same_weights(digits_workdir: Path, run_here: Callable[..., None]) -> None:
     run_here("train_gan.py", "--dataset", "digits", "--normal-class", "0", "--epochs", "3", *TINY)
-    again = util.load_gan(Path("outputs/digits-0"), torch.device("cpu"))
-    first = util.load_gan(digits_workdir / "outputs/digits-0", torch.device("cpu"))
+    again = runs.load_gan(Path("outputs/digits-0"), torch.device("cpu"))
+    first = runs.load_gan(digits_workdir / "outputs/digits-0", torch.device("cpu"))
     for name in ("generator", "discriminator"):
         weights = getattr(first, name).state_dict()
         for key, tensor in getattr(again, name).state_dict().items():

@@ -10,6 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import datasets
+import runs
 import util
 from util import InputError
 
@@ -190,10 +191,10 @@ def test_losses_by_hand() -> None:
 
 def test_replacing_is_all_or_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    with util.replacing(path) as partial:
+    with runs.replacing(path) as partial:
         partial.write_text("first")
         assert not path.exists()
-    with pytest.raises(ZeroDivisionError), util.replacing(path) as partial:
+    with pytest.raises(ZeroDivisionError), runs.replacing(path) as partial:
         partial.write_text("half")
         _ = 1 / 0
     assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
@@ -202,11 +203,11 @@ def test_replacing_is_all_or_nothing(tmp_path: Path) -> None:
 def test_newest_run_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"run train_gan\.py first"):
-        util.find_run(None)
+        runs.find_run(None)
     for name, modified in (("b", 300), ("a", 200), ("c", 100)):
         (tmp_path / "outputs" / name).mkdir(parents=True)
         (tmp_path / "outputs" / name / "gan.pt").touch()
         os.utime(tmp_path / "outputs" / name / "gan.pt", (modified, modified))
-    assert util.find_run(None) == Path("outputs/b")
+    assert runs.find_run(None) == Path("outputs/b")
     with pytest.raises(InputError, match=r"has no gan\.pt"):
-        util.find_run(Path("outputs/d"))
+        runs.find_run(Path("outputs/d"))
