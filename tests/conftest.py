@@ -123,6 +123,8 @@ def digits_workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train_gan.py --dataset digits --normal-class 0 --epochs 3 --checkpoint-every 10 " + " ".join(TINY),
         "fit_latent.py --splits validation test train_anomalies --max-images 60 --steps 20 --shard-size 40",
         "fit_latent.py --splits validation test train_anomalies --max-images 60 --steps 20 --discrimination reference",
+        "train_encoder.py --kappa 0.5",
+        "train_acae.py",
         "fit_baselines.py --splits validation test train_anomalies",
         "evaluate.py --bootstrap 50",
     ):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from network import Discriminator, Generator, fold_batchnorm, initialise_weights
+from network import Discriminator, Encoder, Generator, fold_batchnorm, initialise_weights
 
 
 @pytest.mark.parametrize("image_size", [32, 64, 128])
@@ -16,6 +16,7 @@ def test_shapes(image_size: int, image_channels: int) -> None:
     discriminator = Discriminator(image_size, image_channels, ndf=2)
     assert discriminator(images).shape == (5,)
     assert discriminator.features(images).shape == (5, 2 * image_size // 8, 4, 4)
+    assert Encoder(image_size, image_channels, latent_dim=7, ndf=2)(images).shape == (5, 7)
 
 
 def count(network: nn.Module) -> int:
@@ -33,6 +34,8 @@ def test_parameter_counts(channels: int) -> None:
     assert count(Discriminator(64, channels, ndf=64)) == at_64
     at_32 = 16 * (channels * 64 + 64 * 128 + 128 * 256 + 256) + 2 * (128 + 256)
     assert count(Discriminator(32, channels, ndf=64)) == at_32
+    # the encoder's head has an output for each of z's coordinates
+    assert count(Encoder(32, channels, latent_dim=128, ndf=64)) == at_32 + 16 * 256 * 127
 
 
 def test_features_are_what_the_logit_is_made_from() -> None:
@@ -77,6 +80,6 @@ def test_folded_networks_compute_the_same(tiny_networks: tuple[Generator, Discri
 
 @pytest.mark.parametrize("image_size", [0, 16, 31, 48, 65, -64])
 def test_wrong_image_size(image_size: int) -> None:
-    for network in (Generator, Discriminator):
+    for network in (Generator, Discriminator, Encoder):
         with pytest.raises(ValueError, match="power of two from 32 up"):
             network(image_size)

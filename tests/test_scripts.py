@@ -38,6 +38,8 @@ def test_every_file_is_there_and_no_other(digits_workdir: Path) -> None:
         "latents-train_anomalies.npz",
         *(f"latents-{split}-reference.npz" for split in ("validation", "test", "train_anomalies")),
         *(f"baselines-{split}.npz" for split in ("validation", "test", "train_anomalies")),
+        *("encoder.pt", "encoder-losses.csv", "encoder-losses.png", "encoder-samples.png", "encoder-samples.gif"),
+        *("acae.pt", "acae-losses.csv", "acae-losses.png", "acae-samples.png", "acae-samples.gif"),
     }
     assert {path.name for path in run_dir.glob(".*")} <= {".lock"}
     for path in run_dir.glob("*.png"):
@@ -99,7 +101,7 @@ def test_every_score_has_the_same_figures(digits_workdir: Path) -> None:
     run_dir = digits_workdir / "outputs/digits-0"
     metrics = json.loads((run_dir / "metrics.json").read_text())
     for protocol in ("test", "all_splits"):
-        names = ["anomaly_score", "residual", "discrimination", "p_d", "gan_r", *runs.BASELINES]
+        names = ["anomaly_score", "residual", "discrimination", "p_d", "f_anogan", "acae", "gan_r", *runs.BASELINES]
         assert list(metrics[protocol]) == names
         assert len({tuple(figures) for figures in metrics[protocol].values()}) == 1
     rows = [row for row in read_scores(run_dir) if row["split"] == "test"]
@@ -120,7 +122,8 @@ def test_all_splits_protocol(digits_workdir: Path) -> None:
 
 def test_run_json_tells_how_each_script_ran(digits_workdir: Path) -> None:
     record = json.loads((digits_workdir / "outputs/digits-0/run.json").read_text())
-    assert set(record) == {"train_gan", "fit_latent", "fit_baselines", "evaluate"}
+    fits = {"fit_latent", "fit_latent_reference", "fit_baselines"}
+    assert set(record) == {"train_gan", "train_encoder", "train_acae", "evaluate"} | fits
     for script in record.values():
         assert script["seconds"] > 0 and script["device"].startswith("cpu") and script["versions"]["torch"]
         assert os.name == "nt" or script["peak_memory_mib"] > 50
@@ -189,6 +192,8 @@ def test_folder_of_mixed_pictures(tmp_path: Path) -> None:
     assert "next: python fit_latent.py" in printed[0] and "skipped 1 of 13 images" in printed[1]
     run_dir = tmp_path / "outputs/shapes-disc"
     assert {path.name for path in run_dir.glob("[!.]*")} == RUN_FILES
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert list(metrics["test"]) == ["anomaly_score", "residual", "discrimination", "p_d"]  # only AnoGAN was run
     assert runs.load_gan(run_dir, torch.device("cpu")).image_channels == 3
     sources = [row["source"] for row in read_scores(run_dir)]
     assert "test/cross/2.webp" in sources and "test/cross/broken.png" not in sources
