@@ -25,7 +25,7 @@ from network import Discriminator, Encoder, Generator, initialise_weights
 
 CURVES = {
     "Reconstruction": {"l1": "L1 loss, mean over pixels"},
-    "Adversarial losses": {"loss_d": "D loss", "loss_g": "G loss"},
+    "Adversarial losses": {"loss_d": "D loss", "adversarial": "the autoencoder's"},
 }
 
 

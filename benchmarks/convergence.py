@@ -1,7 +1,8 @@
-"""How far the search comes: mean loss against Adam steps, for several step sizes and two starts.
+"""How far the search comes: mean loss against Adam steps, for several step sizes and three starts.
 
     python -m benchmarks.convergence --run-dir outputs/cifar10-automobile
 
+The run folder must hold encoder.pt, for the start at E(x), see train_encoder.py.
 It searches validation normals only, so nothing here sees a label of the test split. Prints one table and writes it to
 benchmarks/results/convergence.json, with the curves in docs/convergence.png.
 """
@@ -31,7 +32,7 @@ BATCH_SIZE = 64
 class Config:
     run_dir: Path | None = None  # the run to use; by default the one trained last
     images: int = 128  # validation images to search, the first ones
-    steps: tuple[int, ...] = (25, 50, 100, 200, 400)  # every number of steps is a search of its own
+    steps: tuple[int, ...] = (0, 25, 50, 100, 200, 400)  # every number of steps is a search of its own
     lr: tuple[float, ...] = (2e-4, 0.05, 0.1, 0.2, 0.4, 0.8)  # Adam's largest step sizes
     seed: int = 0  # of the starting latents
     device: str = OURS.device  # cuda, cuda:1, cpu, ...
@@ -50,6 +51,7 @@ def main(config: Config) -> None:
     starts = {
         "random": candidates.z[: len(x)],
         f"nearest of {OURS.candidates}": fit_latent.nearest_candidates(x, candidates),
+        "E(x)": runs.load_encoder(run_dir, gan, device).encoder(x),
     }
 
     table: dict[str, dict[str, dict[str, float]]] = {name: {} for name in starts}
@@ -80,16 +82,20 @@ def main(config: Config) -> None:
         },
     )
 
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
-    for axes, (name, rows) in zip(panels, table.items(), strict=True):
-        for lr, losses in rows.items():
-            axes.plot(config.steps, losses.values(), marker="o", label=f"lr {lr}")
-        axes.set(xscale="log", xlabel="Adam steps", title=f"start: {name}")
+    curves = {f"start: {name}": {f"lr {lr}": losses for lr, losses in rows.items()} for name, rows in table.items()}
+    curves[f"lr {OURS.lr:g}"] = {name: rows[f"{OURS.lr:g}"] for name, rows in table.items()}
+    figure, grid = plt.subplots(2, 2, figsize=(11, 8), layout="constrained", sharey=True)
+    for axes, (title, lines) in zip(grid.flat, curves.items(), strict=True):
+        for label, losses in lines.items():
+            axes.plot(config.steps, losses.values(), marker="o", label=label)
+        axes.set_xscale("symlog", base=2, linthresh=config.steps[1])  # with a place for no step at all
+        axes.set(xlabel="Adam steps", title=title)
         axes.set_xticks(config.steps, config.steps)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("mean loss of the search")
-    panels[0].legend()
+        axes.legend()
+    for axes in grid[:, 0]:
+        axes.set_ylabel("mean loss of the search")
     figure.suptitle(
         f"{gan.dataset}, {gan.normal_class}, {gan.image_size}x{gan.image_size}, {len(images)} validation images"
     )
