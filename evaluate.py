@@ -128,7 +128,8 @@ def read_fits(
             raise util.InputError(f"{path} was not guided by the {discrimination} loss: {again} {split} again")
     expected = latents["validation"]["search"]
     for split, found in latents.items():
-        if differing := [name for name in expected if found["search"].get(name) != expected[name]]:
+        names = sorted({*expected, *found["search"]})
+        if differing := [name for name in names if found["search"].get(name) != expected.get(name)]:
             raise util.InputError(
                 f"validation and {split} were fitted with different settings ({', '.join(differing)}): "
                 f"{again} {' '.join(splits)} for all, or remove the older"
@@ -169,32 +170,30 @@ def fitted_images(gan: runs.TrainedGAN, split: str, latents: dict) -> datasets.I
 
 
 def direct_scores(
-    run_dir: Path, gan: runs.TrainedGAN, device: torch.device
+    gan: runs.TrainedGAN, encoder: runs.TrainedEncoder | None, acae: runs.TrainedAutoencoder | None
 ) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     """The scores that need no search, by name: functions from images (N, C, H, W) in [-1, 1] to (N,).
 
-    P_D = 1 - P(x is real) always; f-AnoGAN's A_R + κ A_D, see `util.izi_f_loss`, and
-    the aCAE's residual |x - x̂| summed over pixels, if encoder.pt and acae.pt are there.
+    P_D = 1 - P(x is real). If they were trained, f-AnoGAN's A(x) = A_R + κ A_D, see `util.izi_f_loss`, and the aCAE's
+    Σ|x - x̂| over an image's pixels, where x̂ is its reconstruction.
     """
 
     def p_d(x: torch.Tensor) -> torch.Tensor:
         # 1 - sigmoid(l) = sigmoid(-l); in float64, or a confident D would make ties at 0 and 1
         return gan.discriminator(x).cpu().double().neg().sigmoid()
 
+    def f_anogan(x: torch.Tensor) -> torch.Tensor:
+        residual, discrimination = util.izi_f_loss(encoder.encoder, gan.generator, gan.discriminator, x)
+        return residual + encoder.kappa * discrimination
+
+    def acae_residual(x: torch.Tensor) -> torch.Tensor:
+        return util.residual_loss(x, acae.autoencoder(x))
+
     scores = {"p_d": p_d}
-    if (run_dir / "encoder.pt").is_file():
-        trained = runs.load_encoder(run_dir, gan, device)
-
-        def f_anogan(x: torch.Tensor) -> torch.Tensor:
-            generated = gan.generator(trained.encoder(x))
-            features, generated_features = gan.discriminator.features(x), gan.discriminator.features(generated)
-            residual, discrimination = util.izi_f_loss(x, generated, features, generated_features)
-            return residual + trained.kappa * discrimination
-
+    if encoder is not None:
         scores["f_anogan"] = f_anogan
-    if (run_dir / "acae.pt").is_file():
-        autoencoder = runs.load_acae(run_dir, gan, device)
-        scores["acae"] = lambda x: util.residual_loss(x, autoencoder(x))
+    if acae is not None:
+        scores["acae"] = acae_residual
     return scores
 
 
@@ -219,6 +218,8 @@ def score_split(
     found, seconds = {name: [] for name in direct}, dict.fromkeys(direct, 0.0)
     for images, *_ in decoded:
         x = datasets.to_model(images, config.device).contiguous(memory_format=torch.channels_last)
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)  # or the first score would wait for the copy
         for name, score in direct.items():
             begun = time.monotonic()
             found[name].append(score(x).cpu())
@@ -332,7 +333,9 @@ def evaluate(config: Config, run_dir: Path, device: torch.device) -> None:
     fits, references = read_fits(run_dir, gan, splits), {}
     if any(runs.latents_path(run_dir, split, "reference").is_file() for split in splits):
         references = read_fits(run_dir, gan, splits, "reference")
-    direct = direct_scores(run_dir, gan, device)
+    encoder = runs.load_encoder(run_dir, gan, device) if (run_dir / "encoder.pt").is_file() else None
+    acae = runs.load_acae(run_dir, gan, device) if (run_dir / "acae.pt").is_file() else None
+    direct = direct_scores(gan, encoder, acae)
     scored = {
         split: score_split(run_dir, gan, split, fits[split], references.get(split), direct, config) for split in splits
     }
@@ -353,6 +356,9 @@ def evaluate(config: Config, run_dir: Path, device: torch.device) -> None:
         "normal_class": gan.normal_class,
         "gan": gan.fingerprint,
         "search": fits["test"]["search"],
+        "search_gan_r": references["test"]["search"] if references else None,
+        "encoder": {"epoch": encoder.epoch, "kappa": encoder.kappa} if encoder else None,
+        "acae": {"epoch": acae.epoch} if acae else None,
         "threshold": {
             "score": "anomaly_score",
             "quantile": config.quantile,

@@ -4,7 +4,7 @@
     python fit_latent.py --max-images 1000                    # a thousand images of each split, all classes alike
     python fit_latent.py --splits train_anomalies --run-dir outputs/cifar10-automobile
     python fit_latent.py --discrimination reference           # GAN_R: guided by D's own verdict, beside the others
-    python fit_latent.py --init encoder --steps 25            # starts at E(x), after train_encoder.py
+    python fit_latent.py --init encoder                       # starts at E(x), see train_encoder.py
     torchrun --standalone --nproc-per-node=8 fit_latent.py    # on eight GPUs: each takes its share of the shards
 
 Writes latents-<split>.npz to the run folder: z, residual and discrimination of every image. Until all are found, what
@@ -49,7 +49,7 @@ class Config:
     lr: float = 0.4  # Adam's largest step size: up to it over the first fifth of the steps, down over the last
     discrimination: Discrimination = "features"  # feature matching, or reference: -log D(G(z)), Yeh et al. 2016
     discrimination_weight: float = 0.1  # lambda: the loss is (1 - lambda) residual + lambda discrimination
-    init: Init = "candidates"  # where a search starts: the nearest of these, or E(x) of train_encoder.py
+    init: Init = "candidates"  # where a search starts: at the nearest of --candidates, or at E(x), see train_encoder.py
     candidates: int = 4000  # generated images among which a search starts at the nearest; with 1, at the same z for all
     batch_size: int | None = None  # images at once, by default 64 on a CPU and 512 on a GPU; it changes no result
     shard_size: int = 1024  # images between two writes: what a crash can cost each process
@@ -218,12 +218,13 @@ def fit_shards(
     start: Callable[[torch.Tensor], torch.Tensor],
     search: dict,
     config: Config,
-) -> list[Path]:
+) -> tuple[list[Path], int, float]:
     """Search the images at these positions of the set, and write each shard when it is done.
 
     `start` takes images (N, C, H, W) in [-1, 1] to the z (N, latent_dim) that their searches start from.
-    Returns the shards of which no image can be read, and which are not written. Raises InputError for an image that
-    cannot be read, unless they are to be skipped, and for a search that diverges.
+    Returns the shards of which no image can be read, and which are not written; how many images were searched; and the
+    seconds that took, decoding included. Raises InputError for an image that cannot be read, unless they are to be
+    skipped, and for a search that diverges.
     """
     device = next(gan.generator.parameters()).device
     # No batch reaches over the end of a shard, so its results do not depend on who did the others
@@ -236,7 +237,7 @@ def fit_shards(
             pass
 
     bar_format = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-    decoded, unreadable = decode(), []
+    begun, decoded, unreadable = time.monotonic(), decode(), []
     loss_sum, searched = 0.0, 0
     with util.progress_bar(sum(map(len, shards.values())), " images", desc=split, bar_format=bar_format) as bar:
         for path in shards:
@@ -277,7 +278,7 @@ def fit_shards(
             runs.write_latents(
                 path, arrays, split=split, gan=gan.fingerprint, search=json.dumps(search), asked_for=asked_for
             )
-    return unreadable
+    return unreadable, searched, time.monotonic() - begun
 
 
 def merge_shards(path: Path, shards: list[Path], split: str, gan: runs.TrainedGAN, asked_for: str) -> np.ndarray:
@@ -353,7 +354,8 @@ def main(config: Config) -> None:
             if start is None:
                 candidates = draw_candidates(gan.generator, gan.latent_dim, config.candidates, config.seed)
                 start = partial(nearest_candidates, candidates=candidates)
-            unreadable = util.from_all(fit_shards(mine, split, image_set, gan, start, search, config))
+            done_by_all = util.from_all(fit_shards(mine, split, image_set, gan, start, search, config))
+            unreadable, searched, seconds = zip(*done_by_all, strict=True)
 
             # Rank 0 makes one file of the shards
             if rank == 0:
@@ -365,22 +367,17 @@ def main(config: Config) -> None:
                 if skipped := len(image_set) - len(scores):
                     print(f"skipped {skipped} of {len(image_set)} images, which cannot be read")
                 print(f"{split}: {len(scores)} images, mean loss {scores.mean():.1f}")
-                searched = sum(map(len, missing.values()))
-                fitted[path.name] = {"images": len(scores), "searched": searched, "mean_loss": float(scores.mean())}
+                fitted[path.name] = {
+                    "images": len(scores),
+                    "searched": sum(searched),  # the others were done before
+                    "seconds": round(max(seconds), 2),
+                    "mean_loss": float(scores.mean()),
+                }
         if rank == 0 and fitted:
             name = "fit_latent" if config.discrimination == "features" else f"fit_latent_{config.discrimination}"
             seconds = time.monotonic() - started
-            searched = sum(each["searched"] for each in fitted.values())
             runs.record_run(
-                run_dir,
-                name,
-                config,
-                device,
-                seconds,
-                precision=precision,
-                processes=processes,
-                fitted=fitted,
-                seconds_to_score_1000=round(1000 * seconds / searched, 3),
+                run_dir, name, config, device, seconds, precision=precision, processes=processes, fitted=fitted
             )
             print(f"wrote {run_dir}/: {' '.join(fitted)} run.json")
         print(f"next: python evaluate.py --run-dir {run_dir}")

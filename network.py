@@ -53,7 +53,7 @@ class Generator(nn.Module):
 
 def downward_ladder(image_size: int, image_channels: int, ndf: int) -> nn.Sequential:
     """The hidden layers of D and E: (N, image_channels, image_size, image_size) to (N, 8 ndf, 4, 4) at image_size 64,
-    and (N, 4 ndf, 4, 4) at 32."""
+    and (N, 4 ndf, 4, 4) at 32. Raises ValueError unless `image_size` is a power of two from 32 up."""
     widths = [ndf * multiplier for multiplier in channel_multipliers(image_size)]
     # Like G's last layer, whose mirror it is, the first has no BatchNorm: it would hide the image's own contrast.
     layers = [nn.Conv2d(image_channels, widths[0], 4, 2, 1, bias=False), nn.LeakyReLU(0.2, inplace=True)]

@@ -34,7 +34,7 @@ LABELS = {
 
 
 # A score of its own has a colour of its own; R and D share that of A, whose parts they are
-PARTS = {"residual": "--", "discrimination": ":"}
+PARTS = {"residual": ("--", 0.6), "discrimination": (":", 0.3)}  # the style of a line, the opacity of a bar
 COLOURS = dict(zip([name for name in LABELS if name not in PARTS], plt.get_cmap("tab10").colors, strict=False))
 COLOURS |= dict.fromkeys(PARTS, COLOURS["anomaly_score"])
 
@@ -101,7 +101,7 @@ def roc_curves(path: Path, scores: dict[str, np.ndarray], is_anomaly: np.ndarray
         fpr, tpr, _ = roc_curve(is_anomaly, score)
         low, high = metrics[name]["roc_auc_95_interval"]
         label = f"{LABELS[name]}: {metrics[name]['roc_auc']:.3f} [{low:.3f}, {high:.3f}]"
-        axes.plot(fpr, tpr, color=COLOURS[name], linestyle=PARTS.get(name, "-"), label=label)
+        axes.plot(fpr, tpr, color=COLOURS[name], linestyle=PARTS.get(name, ("-", 1))[0], label=label)
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, label="chance: 0.5")
     axes.set(xlabel="false positive rate (normals flagged)", ylabel="true positive rate (anomalies flagged)")
     axes.set(title=title, xlim=(0, 1), ylim=(0, 1), aspect="equal")
@@ -148,13 +148,13 @@ def per_class_auc(path: Path, metrics: dict, title: str) -> None:
         places = np.arange(len(names)) + (i - (len(metrics) - 1) / 2) * width
         # percentile intervals of a skewed bootstrap may leave out the estimate itself
         errors = np.abs(interval - auc).clip(min=0)
-        alpha = {"residual": 0.6, "discrimination": 0.3}.get(score, 1)
+        opacity = PARTS.get(score, ("-", 1))[1]
         axes.bar(
             places,
             auc,
             width,
             yerr=errors,
-            color=(*COLOURS[score], alpha),
+            color=(*COLOURS[score], opacity),
             label=LABELS[score],
             error_kw={"linewidth": 0.8},
         )

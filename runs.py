@@ -188,6 +188,7 @@ class TrainedEncoder:
 
     encoder: Encoder  # as `freeze` leaves it
     kappa: float  # weight of the features in its loss and in the score
+    epoch: float
     fingerprint: str  # SHA-256 of the file
 
 
@@ -205,18 +206,27 @@ def load_encoder(run_dir: Path, gan: TrainedGAN, device: torch.device) -> Traine
             )
         encoder = Encoder(gan.image_size, gan.image_channels, gan.latent_dim, gan.ndf)
         encoder.load_state_dict(state["encoder"])
-        kappa = float(state["config"]["kappa"])
+        trained = TrainedEncoder(encoder, float(state["config"]["kappa"]), state["epoch"], fingerprint)
     freeze(encoder, device)
-    return TrainedEncoder(encoder, kappa, fingerprint)
+    return trained
 
 
-def load_acae(run_dir: Path, gan: TrainedGAN, device: torch.device) -> nn.Sequential:
-    """The aCAE of `run_dir`/acae.pt, frozen: images (N, C, H, W) in [-1, 1] to their reconstructions.
+@dataclasses.dataclass(frozen=True)
+class TrainedAutoencoder:
+    """What acae.pt holds for the aCAE's score."""
+
+    autoencoder: nn.Sequential  # images in [-1, 1] to their reconstructions; both halves as `freeze` leaves them
+    epoch: float
+    fingerprint: str  # SHA-256 of the file
+
+
+def load_acae(run_dir: Path, gan: TrainedGAN, device: torch.device) -> TrainedAutoencoder:
+    """The aCAE of `run_dir`/acae.pt, frozen.
 
     Raises InputError if its images or sizes are others than those of gan.pt, or as `reading_checkpoint` does.
     """
     path = run_dir / "acae.pt"
-    with reading_checkpoint(path, "train_acae.py") as (state, _):
+    with reading_checkpoint(path, "train_acae.py") as (state, fingerprint):
         expected = {"training_images": gan.training_images} | gan.sizes()
         if any(state["config"][name] != value for name, value in expected.items()):
             raise InputError(
@@ -228,9 +238,10 @@ def load_acae(run_dir: Path, gan: TrainedGAN, device: torch.device) -> nn.Sequen
             Generator(gan.image_size, gan.image_channels, gan.latent_dim, gan.ngf),
         )
         autoencoder.load_state_dict(state["autoencoder"])
+        trained = TrainedAutoencoder(autoencoder, state["epoch"], fingerprint)
     for network in autoencoder:
         freeze(network, device)
-    return autoencoder
+    return trained
 
 
 def latents_path(run_dir: Path, split: str, discrimination: str = "features") -> Path:

@@ -5,8 +5,9 @@
     torchrun --standalone --nproc-per-node=8 train_acae.py   # on eight GPUs
 
 From gan.pt it takes the data set, the normal class and the sizes of the networks, no weights. Writes acae.pt,
-acae-losses.csv and .png, acae-samples.png and .gif to the run folder. However it was stopped, the same command goes on
-from the last acae.pt. evaluate.py then has the score `acae`, which needs no search. Next: python evaluate.py
+acae-losses.csv and .png, acae-samples.png and .gif to the run folder, and adds to its run.json. However it was
+stopped, the same command goes on from the last acae.pt. evaluate.py then has the score `acae`, which needs no search.
+Next: python evaluate.py
 """
 
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ import util
 from network import Discriminator, Encoder, Generator, initialise_weights
 
 CURVES = {
-    "Reconstruction": {"l1": "L1 loss, mean over pixels"},
-    "Adversarial losses": {"loss_d": "D loss", "adversarial": "the autoencoder's"},
+    "Reconstruction: mean distance of a pixel": {"l1": "L1"},
+    "Adversarial losses": {"loss_d": "D loss", "adversarial": "AE loss"},
 }
 
 
@@ -38,7 +39,7 @@ class Config:
     lr: float = 2e-4  # Adam's step size, for the autoencoder and D
     weight_decay: float = 1e-5  # Adam's pull of the weights towards 0
     checkpoint_every: str = "10m"  # minutes (10m) or steps (500) between two writes of acae.pt, losses and samples
-    fresh: bool = False  # start over, and replace what run_dir holds, instead of going on from there
+    fresh: bool = False  # start over, and replace acae.pt, instead of going on from there
     seed: int = 0  # of the first weights and the order of the images
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda, cuda:1, cpu, ...
     precision: util.Precision = "auto"  # of the convolutions; auto: bf16 where the hardware multiplies it faster
@@ -101,6 +102,8 @@ def main(config: Config) -> None:
     with util.processes(device) as (_, processes), runs.run_folder(run_dir):
         gan = runs.load_gan(run_dir, torch.device("cpu"))
         config = training.as_the_gan(config, gan)
+        if (run_dir / "acae.pt").exists() and not config.fresh:
+            runs.load_acae(run_dir, gan, torch.device("cpu"))  # refuses one of other images or sizes
         images = training.images_of_gan(gan, config.skip_unreadable, processes)
         train(config, gan, images, run_dir, device, processes)
 
@@ -111,11 +114,7 @@ def train(
     """Train encoder, decoder and D on uint8 images (N, C, H, W) in a run folder."""
     precision = util.pick_precision(config.precision, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    settings = training.weight_settings(config, precision, processes, images) | gan.sizes()
-    print(
-        f"run: {run_dir}   normal class: {gan.normal_class} ({len(images)} images)   device: {device}, {precision}   "
-        f"processes: {processes}"
-    )
+    settings = training.weight_settings(config, gan.normal_class, precision, processes, images) | gan.sizes()
     torch.manual_seed(config.seed)
     autoencoder = nn.Sequential(
         Encoder(gan.image_size, gan.image_channels, gan.latent_dim, gan.ndf),
@@ -124,16 +123,12 @@ def train(
     discriminator = Discriminator(gan.image_size, gan.image_channels, gan.ndf).apply(initialise_weights)
     optimizer_a, scheduler_a = training.prepare(autoencoder, config, device)
     optimizer_d, scheduler_d = training.prepare(discriminator, config, device)
-    shared = [training.share_gradients(network, device, processes) for network in (autoencoder, discriminator)]
-    images = images.to(device)
-    shown = datasets.to_model(images[:64])
+    shown = datasets.to_model(images[:64], device)
     training.train(
         "train_acae",
         config,
         run_dir / "acae.pt",
-        images,
-        device,
-        processes,
+        images.to(device),
         settings,
         parts={
             "autoencoder": autoencoder,
@@ -143,10 +138,9 @@ def train(
             "scheduler_a": scheduler_a,
             "scheduler_d": scheduler_d,
         },
-        train_step=lambda x: train_step(*shared, optimizer_a, optimizer_d, x, config.l1_weight, autocast),
+        train_step=lambda networks, x: train_step(*networks, optimizer_a, optimizer_d, x, config.l1_weight, autocast),
         curves=CURVES,
-        draw_samples=lambda: training.draw(autoencoder, shown),
-        about={},
+        draw_samples=lambda: training.draw(autoencoder, lambda: autoencoder(shown)),
     )
     print(f"next: python evaluate.py --run-dir {run_dir}")
 

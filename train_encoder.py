@@ -4,9 +4,10 @@
     python train_encoder.py --run-dir outputs/cifar10-automobile --epochs 15
     torchrun --standalone --nproc-per-node=8 train_encoder.py   # on eight GPUs
 
-Writes encoder.pt, encoder-losses.csv and .png, encoder-samples.png and .gif to the run folder; gan.pt stays as it is.
-However it was stopped, the same command goes on from the last encoder.pt. evaluate.py then has the score `f_anogan`,
-which needs no search, and `fit_latent.py --init encoder` starts its search at E(x). Next: python evaluate.py
+Writes encoder.pt, encoder-losses.csv and .png, encoder-samples.png and .gif to the run folder, and adds to its
+run.json; gan.pt stays as it is. However it was stopped, the same command goes on from the last encoder.pt. evaluate.py
+then has the score `f_anogan`, which needs no search, and `fit_latent.py --init encoder` starts its search at E(x).
+Next: python evaluate.py
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import training
 import util
 from network import Encoder, initialise_weights
 
-CURVES = {"izi_f, means over a batch": {"residual": "A_R, of the pixels", "features": "A_D, of the features"}}
+CURVES = {"izi_f: residual of pixels and of features": {"residual": "A_R", "features": "A_D"}}
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Config:
     lr: float = 2e-4  # Adam's step size
     weight_decay: float = 1e-5  # Adam's pull of the weights towards 0
     checkpoint_every: str = "10m"  # minutes (10m) or steps (500) between two writes of encoder.pt, losses and samples
-    fresh: bool = False  # start over, and replace what run_dir holds, instead of going on from there
+    fresh: bool = False  # start over, and replace encoder.pt, instead of going on from there
     seed: int = 0  # of the first weights and the order of the images
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda, cuda:1, cpu, ...
     precision: util.Precision = "auto"  # of the convolutions; auto: bf16 where the hardware multiplies it faster
@@ -50,10 +51,7 @@ def train_step(
     Returns the means of A_R and A_D over the batch, (2,).
     """
     with autocast:
-        generated = gan.generator(encoder(x))
-        features, generated_features = gan.discriminator.features(x), gan.discriminator.features(generated)
-    # the loss is computed in full precision again
-    parts = util.izi_f_loss(x, generated.to(x.dtype), features.to(x.dtype), generated_features.to(x.dtype))
+        parts = util.izi_f_loss(encoder, gan.generator, gan.discriminator, x)
     residual, discrimination = (part.mean() for part in parts)
     optimizer.zero_grad()
     (residual + kappa * discrimination).backward()
@@ -70,6 +68,8 @@ def main(config: Config) -> None:
     with util.processes(device) as (_, processes), runs.run_folder(run_dir):
         gan = runs.load_gan(run_dir, device)
         config = training.as_the_gan(config, gan)
+        if (run_dir / "encoder.pt").exists() and not config.fresh:
+            runs.load_encoder(run_dir, gan, device)  # refuses one that belongs to another gan.pt
         images = training.images_of_gan(gan, config.skip_unreadable, processes)
         train(config, gan, images, run_dir, device, processes)
 
@@ -80,30 +80,22 @@ def train(
     """Train E on uint8 images (N, C, H, W) in a run folder."""
     precision = util.pick_precision(config.precision, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    settings = training.weight_settings(config, precision, processes, images) | {"gan": gan.fingerprint}
-    print(
-        f"run: {run_dir}   normal class: {gan.normal_class} ({len(images)} images)   device: {device}, {precision}   "
-        f"processes: {processes}"
-    )
+    settings = training.weight_settings(config, gan.normal_class, precision, processes, images)
+    settings["gan"] = gan.fingerprint
     torch.manual_seed(config.seed)
     encoder = Encoder(gan.image_size, gan.image_channels, gan.latent_dim, gan.ndf).apply(initialise_weights)
     optimizer, scheduler = training.prepare(encoder, config, device)
-    shared = training.share_gradients(encoder, device, processes)
-    images = images.to(device)
-    shown = datasets.to_model(images[:64])
+    shown = datasets.to_model(images[:64], device)
     training.train(
         "train_encoder",
         config,
         run_dir / "encoder.pt",
-        images,
-        device,
-        processes,
+        images.to(device),
         settings,
         parts={"encoder": encoder, "optimizer": optimizer, "scheduler": scheduler},
-        train_step=lambda x: train_step(shared, optimizer, gan, x, config.kappa, autocast),
+        train_step=lambda networks, x: train_step(*networks, optimizer, gan, x, config.kappa, autocast),
         curves=CURVES,
-        draw_samples=lambda: training.draw(nn.Sequential(encoder, gan.generator), shown),
-        about={},
+        draw_samples=lambda: training.draw(encoder, lambda: gan.generator(encoder(shown))),
     )
     print(f"next: python evaluate.py --run-dir {run_dir}, or fit_latent.py --init encoder")
 

@@ -130,11 +130,7 @@ def train(
     channels = images.shape[1]
     precision = util.pick_precision(config.precision, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    settings = training.weight_settings(config, precision, processes, images) | {"normal_class": normal_class}
-    print(
-        f"run: {run_dir}   normal class: {normal_class} ({len(images)} images)   device: {device}, {precision}   "
-        f"processes: {processes}"
-    )
+    settings = training.weight_settings(config, normal_class, precision, processes, images)
 
     # Networks
     torch.manual_seed(config.seed)
@@ -147,7 +143,6 @@ def train(
         discriminator.compile()
     optimizer_g, scheduler_g = training.prepare(generator, config, device)
     optimizer_d, scheduler_d = training.prepare(discriminator, config, device)
-    shared = [training.share_gradients(network, device, processes) for network in (generator, discriminator)]
     random = torch.Generator().manual_seed(util.seed_of(config.seed, training.FIXED_Z))
     fixed_z = torch.randn(64, config.latent_dim, generator=random).to(device)
 
@@ -156,8 +151,6 @@ def train(
         config,
         run_dir / "gan.pt",
         images.to(device),
-        device,
-        processes,
         settings,
         parts={
             "generator": generator,
@@ -167,9 +160,9 @@ def train(
             "scheduler_g": scheduler_g,
             "scheduler_d": scheduler_d,
         },
-        train_step=lambda real: train_step(*shared, optimizer_g, optimizer_d, real, config, autocast),
+        train_step=lambda networks, real: train_step(*networks, optimizer_g, optimizer_d, real, config, autocast),
         curves=CURVES,
-        draw_samples=lambda: training.draw(generator, fixed_z),
+        draw_samples=lambda: training.draw(generator, lambda: generator(fixed_z)),
         about={"classes": normal.classes, "normal_class": normal_class, "image_channels": channels},
     )
     print(f"next: python fit_latent.py --run-dir {run_dir}")

@@ -72,7 +72,7 @@ def images_of_gan(gan: runs.TrainedGAN, skip_unreadable: bool, processes: int) -
     if checksum(pixels) != gan.training_images:
         raise util.InputError(
             f"the training images of {gan.dataset} are not those of gan.pt ({checksum(pixels)}, not "
-            f"{gan.training_images}): run train_gan.py again"
+            f"{gan.training_images}): put those back, or start over with train_gan.py --fresh"
         )
     return pixels
 
@@ -91,10 +91,13 @@ def checksum(images: torch.Tensor) -> str:
     return f"{len(images)} with checksum {hashlib.sha256(images.numpy()).hexdigest()[:16]}"
 
 
-def weight_settings(config: Any, precision: str, processes: int, images: torch.Tensor) -> dict[str, object]:
+def weight_settings(
+    config: Any, normal_class: str, precision: str, processes: int, images: torch.Tensor
+) -> dict[str, object]:
     """All that decides what the weights become, hardware aside; uint8 images (N, C, H, W) by number and checksum."""
     elsewhere = ("device", "compile", "checkpoint_every", "fresh", "run_dir", "skip_unreadable")
     return {name: value for name, value in asdict(config).items() if name not in elsewhere} | {
+        "normal_class": normal_class,
         "precision": precision,
         "processes": processes,
         "training_images": checksum(images),
@@ -166,26 +169,29 @@ def train(
     config: Any,
     path: Path,
     images: torch.Tensor,
-    device: torch.device,
-    processes: int,
-    settings: dict[str, object],
+    settings: dict[str, Any],
     parts: dict[str, Any],
-    train_step: Callable[[torch.Tensor], torch.Tensor],
+    train_step: Callable[[list[nn.Module], torch.Tensor], torch.Tensor],
     curves: dict[str, dict[str, str]],
     draw_samples: Callable[[], Image.Image],
-    about: dict[str, Any],
+    about: dict[str, Any] | None = None,
 ) -> None:
     """From the last checkpoint at `path`, or the first step, to the last step.
 
-    `images` are uint8 (N, C, H, W) on the device, `train_step` takes a batch of them, (B, C, H, W) in [-1, 1], and
-    returns what it measured, (M,), on the device. `curves` names these: for each panel of the losses' picture, its
-    columns in losses.csv with their labels. `parts` are the networks, optimizers and schedulers, which the checkpoint
-    holds by these names, beside `about`. `settings` are those that may not change, see `weight_settings`.
-    `draw_samples` draws a grid of 64 images, which is shown beside the first 64 real ones, and in a film of the epochs.
-    Raises InputError if the checkpoint cannot be gone on with, or the training diverges.
+    `images` are uint8 (N, C, H, W) on the device. `parts` are the networks, optimizers and schedulers, which the
+    checkpoint holds by these names, beside `about`. `train_step` takes the networks, wrapped if several processes
+    average their gradients, and a batch (B, C, H, W) in [-1, 1], and returns what it measured, (M,), on the device.
+    `curves` names these: for each panel of the losses' picture, its columns in losses.csv with their labels.
+    `settings` are those that may not change, see `weight_settings`. `draw_samples` draws a grid of 64 images, which is
+    shown beside the first 64 real ones, and in a film of the epochs. Raises InputError if the checkpoint cannot be
+    gone on with, or the training diverges.
     """
     started = time.monotonic()
-    rank, run_dir = util.rank(), path.parent
+    rank, processes, device, run_dir = util.rank(), settings["processes"], images.device, path.parent
+    print(
+        f"run: {run_dir}   normal class: {settings['normal_class']} ({len(images)} images)   "
+        f"device: {device}, {settings['precision']}   processes: {processes}"
+    )
     # What belongs to gan.pt has plain names, what belongs to encoder.pt begins with encoder-
     beside = {
         name: path.with_name(name if path.stem == "gan" else f"{path.stem}-{name}")
@@ -200,20 +206,21 @@ def train(
     labels = dict(chain(*(panel.items() for panel in curves.values())))
 
     # Go on from the last checkpoint
-    step, seconds_before = 0, 0.0
+    step, seconds_before, fingerprint = 0, 0.0, None
     history: list[torch.Tensor] = []  # blocks (steps, M) of what every step measured
     frames: list[bytes] = []  # PNG files: the samples as training goes on
     if path.exists() and config.fresh:
-        print(f"starting over: the first checkpoint replaces {path}, and what was made with it will no longer do")
+        print(f"starting over: the first checkpoint replaces {path}; what was made with the old one will not fit it")
     elif path.exists():
-        with runs.reading_checkpoint(path, f"{script}.py") as (state, _):
+        with runs.reading_checkpoint(path, f"{script}.py") as (state, fingerprint):
             step, seconds_before, history, frames = state["step"], state["seconds"], [state["history"]], state["frames"]
             check_same_settings(path, state["config"], settings)
             for name, part in parts.items():
                 part.load_state_dict(state[name])
         print(f"{path} holds {step} steps ({step / steps_per_epoch:.4g} epochs): ", end="")
         print("nothing left to train; --fresh starts over" if step >= steps else f"going on to {steps}")
-    util.check_agreement(training_so_far=(settings, step))
+    util.check_agreement(training_so_far=(settings, fingerprint))
+    shared = [share_gradients(network, device, processes) for network in networks]
 
     def save() -> None:
         """Write the checkpoint; run.json comes first, so that it is there whenever the checkpoint is."""
@@ -229,7 +236,7 @@ def train(
             "seconds": seconds,
             "history": torch.cat(history),
             "frames": frames,
-            **about,
+            **(about or {}),
             **{name: part.state_dict() for name, part in parts.items()},
         }
         content = io.BytesIO()  # torch.save to a path reports a full disk as something else than an OSError
@@ -237,7 +244,7 @@ def train(
         with runs.replacing(path) as partial:
             partial.write_bytes(content.getbuffer())
 
-    def draw() -> None:
+    def write_pictures() -> None:
         """Write the losses and the samples."""
         values = torch.cat(history).numpy()
         write_losses(beside["losses.csv"], values, list(labels), steps_per_epoch)
@@ -261,7 +268,7 @@ def train(
         while step < steps:
             # What a step draws depends on seed, step and rank alone, so a checkpoint need not hold a generator's state
             torch.manual_seed(util.seed_of(config.seed, NOISE, step, rank))
-            recent.append(train_step(next(real)))
+            recent.append(train_step(shared, next(real)))
             for scheduler in schedulers:
                 scheduler.step(step / steps_per_epoch)
             step += 1
@@ -287,7 +294,7 @@ def train(
                 if rank == 0:
                     save()
                     if step < steps:
-                        draw()
+                        write_pictures()
                 saved, saved_at = step, time.monotonic()
             if must_stop:
                 util.wait_for_all()  # torchrun ends the others when one is gone, and rank 0 may be writing still
@@ -295,7 +302,7 @@ def train(
                 print(f"stopped after step {step} of {steps}, which {path} holds: {again} goes on from there")
                 sys.exit(128 + (signals or [signal.SIGTERM])[0])
     if rank == 0:
-        draw()  # with nothing left to train too: the last start may have been killed before it came here
+        write_pictures()  # with nothing left to train too: the last start may have been killed before it came here
     print(f"wrote {run_dir}/: {path.name} {' '.join(each.name for each in beside.values())} run.json")
 
 
@@ -309,8 +316,9 @@ def write_losses(path: Path, values: np.ndarray, columns: list[str], steps_per_e
 
 
 @torch.no_grad()
-def draw(network: nn.Module, inputs: torch.Tensor) -> Image.Image:
-    """A grid of what a network in training makes of these inputs, as search and scores use it: in eval mode."""
-    images = network.eval()(inputs)
+def draw(network: nn.Module, generate: Callable[[], torch.Tensor]) -> Image.Image:
+    """A grid of what is generated, images in [-1, 1], with the network in training as scores use it: in eval mode."""
+    network.eval()
+    images = generate()
     network.train()
     return plots.grid(datasets.to_display(images))

@@ -1,6 +1,7 @@
 """What two or more scripts share: errors, devices and processes, the losses."""
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import distributed
+from torch import distributed, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 from tqdm import tqdm
 
@@ -43,11 +44,15 @@ def clear_errors() -> Iterator[None]:
 
 
 def check_at_least(config: Any, minimum: float, *names: str) -> None:
-    """Raise InputError, naming the flag, if one of these fields of a config is less than `minimum`; None is not."""
+    """Raise InputError, naming the flag, if one of these fields of a config is less than `minimum`, or infinite.
+
+    None is neither: it stands for a value that a script finds for itself.
+    """
     for name in names:
         value = getattr(config, name)
-        if value is not None and not value >= minimum:  # also catches NaN
-            raise InputError(f"--{name.replace('_', '-')} must be at least {minimum:g}, not {value}")
+        if value is not None and not minimum <= value < math.inf:  # also catches NaN
+            finite = " and finite" if value == math.inf else ""
+            raise InputError(f"--{name.replace('_', '-')} must be at least {minimum:g}{finite}, not {value}")
 
 
 def check_seed(seed: int) -> None:
@@ -231,12 +236,15 @@ def anomaly_score(residual: Any, discrimination: Any, discrimination_weight: flo
 
 
 def izi_f_loss(
-    x: torch.Tensor, generated: torch.Tensor, features: torch.Tensor, generated_features: torch.Tensor
+    encoder: nn.Module, generator: nn.Module, discriminator: nn.Module, x: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two parts of izi_f and of f-AnoGAN's anomaly score (Schlegl et al. 2019), each (N,), with G(E(x)) for G(z).
+    """The two parts of izi_f and of f-AnoGAN's anomaly score (Schlegl et al. 2019): x (N, C, H, W) to (N,) twice.
 
-    A_R = |x - G(E(x))|² / n, over an image's n pixels, and A_D = |f(x) - f(G(E(x)))|² / n_d, over its n_d features:
-    x and generated are (N, C, H, W), the features (N, F, 4, 4). The encoder learns to make their sum A_R + κ A_D small
-    for normal images, and the same sum is the score.
+    A_R = |x - G(E(x))|² / n, over an image's n pixels, and A_D = |f(x) - f(G(E(x)))|² / n_d, over its n_d features. E
+    learns to make A_R + κ A_D small for normal images, and the same sum is the score.
     """
-    return (x - generated).square().mean((1, 2, 3)), (features - generated_features).square().mean((1, 2, 3))
+    generated = generator(encoder(x))
+    features, generated_features = discriminator.features(x), discriminator.features(generated)
+    # in the precision of x again, if the networks run in a lower one
+    difference = (features.to(x.dtype) - generated_features.to(x.dtype)).square().mean((1, 2, 3))
+    return (x - generated.to(x.dtype)).square().mean((1, 2, 3)), difference

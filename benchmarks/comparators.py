@@ -8,11 +8,12 @@ benchmarks/results/comparators.json and docs/comparators.png.
 
 import csv
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from sklearn.metrics import roc_curve
@@ -21,8 +22,17 @@ import plots
 import runs
 import util
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+SCRIPTS = (
+    "train_gan",
+    "train_encoder",
+    "train_acae",
+    "fit_latent",
+    "fit_latent_reference",
+    "fit_baselines",
+    "evaluate",
+)
+DIRECT = ("p_d", "f_anogan", "acae")
+SCORES = ("anomaly_score", "p_d", "gan_r", "acae", "f_anogan", *runs.BASELINES)  # in the order of the tables
 
 
 @dataclass
@@ -30,21 +40,48 @@ class Config:
     run_dirs: Annotated[tuple[Path, ...], tyro.conf.Positional]  # finished run folders
 
 
+def read_run(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """run.json and metrics.json. Raises InputError if a script has not run, or ran before another that it needs."""
+    record = runs.read_record(run_dir)
+    try:
+        metrics = json.loads((run_dir / "metrics.json").read_text())
+    except ValueError as error:
+        raise util.InputError(f"{run_dir}/metrics.json is damaged ({error}): run evaluate.py again") from error
+    if missing := [script for script in SCRIPTS if script not in record]:
+        raise util.InputError(f"{run_dir} lacks what {', '.join(missing)} leave: run them first, then evaluate.py")
+    if missing := {*SCORES} - {*metrics["test"]} | {*DIRECT} - {*record["evaluate"]["seconds_to_score_1000"]}:
+        raise util.InputError(f"{run_dir}/metrics.json lacks {', '.join(missing)}: run evaluate.py again")
+    for script, search in (("fit_latent", "search"), ("fit_latent_reference", "search_gan_r")):
+        flags, fitted = record[script]["hyperparameters"], record[script]["fitted"]
+        if any(flags.get(name, value) != value for name, value in metrics[search].items() if name != "precision"):
+            raise util.InputError(
+                f"{run_dir}/run.json tells of another search than metrics.json: run evaluate.py again"
+            )
+        if not any(name.startswith("latents-test") and each["searched"] for name, each in fitted.items()):
+            raise util.InputError(f"{run_dir}/run.json lacks the seconds of {script}: search the test split again")
+    return record, metrics
+
+
 def seconds_of(record: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Seconds to train on 1,000 images and to score 1,000, by score, from a run.json.
 
-    Scores of the networks leave out the decoding of images, searches have it in. R and D come with A(x).
+    Searches have the decoding of images in it, the other scores leave it out.
     """
     thousands = int(record["train_gan"]["training_images"].split()[0]) / 1000
     train = {name: record[name]["seconds"] / thousands for name in ("train_gan", "train_encoder", "train_acae")}
+
+    def search(script: str) -> float:
+        of_test = next(each for name, each in record[script]["fitted"].items() if name.startswith("latents-test"))
+        return 1000 * of_test["seconds"] / of_test["searched"]
+
     direct = record["evaluate"]["seconds_to_score_1000"]
     baselines = record["fit_baselines"]["seconds_by_baseline"]
     return {
-        "anomaly_score": {"train": train["train_gan"], "score": record["fit_latent"]["seconds_to_score_1000"]},
+        "anomaly_score": {"train": train["train_gan"], "score": search("fit_latent")},
         "p_d": {"train": train["train_gan"], "score": direct["p_d"]},
         "f_anogan": {"train": train["train_gan"] + train["train_encoder"], "score": direct["f_anogan"]},
         "acae": {"train": train["train_acae"], "score": direct["acae"]},
-        "gan_r": {"train": train["train_gan"], "score": record["fit_latent_reference"]["seconds_to_score_1000"]},
+        "gan_r": {"train": train["train_gan"], "score": search("fit_latent_reference")},
         **{
             name: {"train": baselines[name]["fit"] / thousands, "score": baselines[name]["score_1000"]}
             for name in runs.BASELINES
@@ -54,29 +91,34 @@ def seconds_of(record: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def main(config: Config) -> None:
     """Read the run folders, print the tables, draw the figure."""
-    figure, grid = plt.subplots(2, -(-len(config.run_dirs) // 2), figsize=(10, 11.5), layout="constrained")
+    if not config.run_dirs:
+        raise util.InputError("name one or more finished run folders")
+    read = {run_dir.name: (run_dir, *read_run(run_dir)) for run_dir in config.run_dirs}
+    lines = -(-len(read) // 2)
+    figure, grid = plt.subplots(lines, 2, figsize=(10, 5 * lines + 1.5), layout="constrained", squeeze=False)
     results = {}
-    for run_dir, axes in zip(config.run_dirs, grid.flat, strict=False):
-        record, metrics = runs.read_record(run_dir), json.loads((run_dir / "metrics.json").read_text())
-        names = [name for name in metrics["test"] if name not in plots.PARTS]
+    for axes in grid.flat[len(read) :]:
+        axes.axis("off")
+    for axes, (title, (run_dir, record, metrics)) in zip(grid.flat, read.items(), strict=False):
         with (run_dir / "scores.csv").open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
         is_anomaly = np.array([row["is_anomaly"] == "1" for row in rows])
-        for name in names:
+        for name in SCORES:
             fpr, tpr, _ = roc_curve(is_anomaly, [float(row[name]) for row in rows])
             axes.plot(fpr, tpr, color=plots.COLOURS[name], label=plots.LABELS[name])
         axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, label="chance")
-        title = f"{run_dir.name}: {(~is_anomaly).sum()} normal, {is_anomaly.sum()} anomalous"
-        axes.set(xlabel="false positive rate", ylabel="true positive rate", title=title, xlim=(0, 1), ylim=(0, 1))
+        counts = f"{(~is_anomaly).sum()} normal, {is_anomaly.sum()} anomalous"
+        axes.set(xlabel="false positive rate", ylabel="true positive rate", title=f"{title}: {counts}")
+        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
         axes.grid(alpha=0.3)
         seconds = seconds_of(record)
-        results[run_dir.name] = {
+        results[title] = {
             "commits": {script: each["git_commit"] for script, each in record.items()},
             "training": record["train_gan"]["hyperparameters"],
             "scores": {
                 name: {key: metrics["test"][name][key] for key in ("roc_auc", "roc_auc_95_interval")}
                 | {f"seconds_to_{key}_1000": round(value, 4) for key, value in seconds[name].items()}
-                for name in names
+                for name in SCORES
             },
         }
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -85,9 +127,9 @@ def main(config: Config) -> None:
         figure.savefig(partial, dpi=100)
     runs.write_json(folder / "results/comparators.json", results)
 
-    def table(cell: Any) -> None:
+    def table(cell: Callable[[dict[str, Any]], str]) -> None:
         print("\n| score | " + " | ".join(results) + " |\n|---|" + "---|" * len(results))
-        for name in next(iter(results.values()))["scores"]:
+        for name in SCORES:
             print(f"| `{name}` | " + " | ".join(cell(of["scores"][name]) for of in results.values()) + " |")
 
     table(lambda of: "{:.3f} [{:.3f}, {:.3f}]".format(of["roc_auc"], *of["roc_auc_95_interval"]))

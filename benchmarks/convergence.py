@@ -40,6 +40,10 @@ class Config:
 
 def main(config: Config) -> None:
     """Search with every setting, print the table, draw the curves."""
+    if OURS.lr not in config.lr or len(config.steps) < 2 or list(config.steps) != sorted(config.steps):
+        raise util.InputError(
+            f"--lr must have the default {OURS.lr:g} in it, and --steps two numbers or more, in order"
+        )
     device = util.pick_device(config.device)
     precision = util.pick_precision("auto", device)
     run_dir = runs.find_run(config.run_dir)

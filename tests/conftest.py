@@ -1,9 +1,11 @@
 """What the tests share: running a script as a person does, in a process or in this one, and a tiny trained run."""
 
+import csv
 import multiprocessing
 import os
 import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,6 +133,18 @@ def digits_workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         code, printed = start(workdir, *command.split()).end()
         assert code == 0, printed
     return workdir
+
+
+@pytest.fixture
+def trained(digits_workdir: Path, tmp_path: Path) -> Path:
+    """A copy of that run, in `tmp_path`."""
+    return shutil.copytree(digits_workdir / "outputs/digits-0", tmp_path / "outputs/digits-0")
+
+
+def read_scores(run_dir: Path) -> list[dict[str, str]]:
+    """The rows of scores.csv."""
+    with (run_dir / "scores.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.fixture

@@ -17,13 +17,6 @@ Fails = Callable[..., str]
 TRAIN = ["train_gan.py", "--epochs", "1", *TINY]
 
 
-@pytest.fixture
-def trained(digits_workdir: Path, tmp_path: Path) -> Path:
-    """A copy of the digits run, to spoil."""
-    shutil.copytree(digits_workdir / "outputs", tmp_path / "outputs")
-    return tmp_path / "outputs/digits-0"
-
-
 def test_one_line_and_exit_code_from_the_shell(tmp_path: Path) -> None:
     done = run_process(tmp_path, "train_gan.py", "--dataset", "nowhere")
     assert done.returncode == 1 and done.stdout == ""

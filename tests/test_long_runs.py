@@ -443,12 +443,16 @@ def test_bad_flags_never_end_in_a_traceback(
         "train_gan.py": "image-size latent-dim batch-size generator-steps lr weight-decay checkpoint-every seed "
         "precision normal-class dataset device",
         "fit_latent.py": "splits max-images steps lr discrimination-weight candidates batch-size shard-size seed "
-        "precision device run-dir",
+        "precision device run-dir init",
+        "train_encoder.py": "epochs batch-size kappa lr weight-decay checkpoint-every seed precision device run-dir",
+        "train_acae.py": "epochs batch-size l1-weight lr weight-decay checkpoint-every seed precision device run-dir",
         "evaluate.py": "quantile bootstrap batch-size seed device run-dir",
     }
     base = {
         "train_gan.py": ["--dataset", "digits", "--epochs", "1", *TINY, "--run-dir", "outputs/other", "--fresh"],
         "fit_latent.py": ["--splits", "test", "--steps", "1", "--max-images", "5", "--run-dir", str(RUN)],
+        "train_encoder.py": ["--run-dir", str(RUN), "--epochs", "1", "--fresh"],
+        "train_acae.py": ["--run-dir", str(RUN), "--epochs", "1", "--fresh"],
         "evaluate.py": ["--run-dir", str(RUN)],
     }
     for _ in range(90):

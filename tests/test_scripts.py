@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import TINY, start
+from conftest import TINY, read_scores, start
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
@@ -25,11 +25,6 @@ RUN_FILES = {
     *("latents-validation.npz", "latents-test.npz", "scores.csv", "metrics.json"),
     *("roc.png", "score_histograms.png", "per_class_auc.png", "difference_maps.png", "ranking.png"),
 }
-
-
-def read_scores(run_dir: Path) -> list[dict[str, str]]:
-    with (run_dir / "scores.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def test_every_file_is_there_and_no_other(digits_workdir: Path) -> None:
