@@ -96,7 +96,7 @@ def film(path: Path, frames: list[bytes]) -> None:
 
 def roc_curves(path: Path, scores: dict[str, np.ndarray], is_anomaly: np.ndarray, metrics: dict, title: str) -> None:
     """One ROC curve a score, with its area and interval from `metrics`."""
-    figure, axes = plt.subplots(figsize=(6.5, 6.5 + 0.12 * len(scores)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 7 + 0.1 * len(scores)), layout="constrained")
     for name, score in scores.items():
         fpr, tpr, _ = roc_curve(is_anomaly, score)
         low, high = metrics[name]["roc_auc_95_interval"]
