@@ -108,7 +108,7 @@ def main(config: Config) -> None:
             axes.plot(fpr, tpr, color=plots.COLOURS[name], label=plots.LABELS[name])
         axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, label="chance")
         counts = f"{(~is_anomaly).sum()} normal, {is_anomaly.sum()} anomalous"
-        axes.set(xlabel="false positive rate", ylabel="true positive rate", title=f"{title}: {counts}")
+        axes.set(xlabel="false positive rate", ylabel="true positive rate", title=f"{title}\n{counts}")
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
         axes.grid(alpha=0.3)
         seconds = seconds_of(record)
