@@ -1,4 +1,4 @@
-"""The two networks of a DCGAN (Radford et al. 2016), as AnoGAN (Schlegl et al. 2017) uses them, and an encoder.
+"""The two networks of a DCGAN (Radford et al. 2016), as AnoGAN (Schlegl et al. 2017) uses them, an encoder, and RotNet.
 
 `image_size` sets the length of both ladders: every rung doubles or halves the side, between 4 and `image_size`.
 At 64 the generator's widths are 8, 4, 2, 1 x ngf at 4x4, 8x8, 16x16, 32x32, then the image; the discriminator is its
@@ -51,18 +51,25 @@ class Generator(nn.Module):
         return self.layers(z[:, :, None, None])
 
 
-def downward_ladder(image_size: int, image_channels: int, ndf: int) -> nn.Sequential:
-    """The hidden layers of D and E: (N, image_channels, image_size, image_size) to (N, 8 ndf, 4, 4) at image_size 64,
-    and (N, 4 ndf, 4, 4) at 32. Raises ValueError unless `image_size` is a power of two from 32 up."""
+def downward_ladder(image_size: int, image_channels: int, ndf: int, deep: bool = False) -> nn.Sequential:
+    """The hidden layers of D, E and RotNet: (N, image_channels, image_size, image_size) to (N, 8 ndf, 4, 4) at
+    image_size 64, and (N, 4 ndf, 4, 4) at 32. With `deep` each rung has a second convolution, which keeps the side.
+
+    Raises ValueError unless `image_size` is a power of two from 32 up.
+    """
     widths = [ndf * multiplier for multiplier in channel_multipliers(image_size)]
-    # Like G's last layer, whose mirror it is, the first has no BatchNorm: it would hide the image's own contrast.
-    layers = [nn.Conv2d(image_channels, widths[0], 4, 2, 1, bias=False), nn.LeakyReLU(0.2, inplace=True)]
-    for narrow, wide in pairwise(widths):  # each rung halves the side
-        layers += [
-            nn.Conv2d(narrow, wide, 4, 2, 1, bias=False),
-            nn.BatchNorm2d(wide),
-            nn.LeakyReLU(0.2, inplace=True),
-        ]
+    layers = []
+    for narrow, wide in pairwise([image_channels, *widths]):  # each rung halves the side
+        layers.append(nn.Conv2d(narrow, wide, 4, 2, 1, bias=False))
+        if len(layers) > 1:  # like G's last layer, whose mirror it is, the first keeps the image's own contrast
+            layers.append(nn.BatchNorm2d(wide))
+        layers.append(nn.LeakyReLU(0.2, inplace=True))
+        if deep:
+            layers += [
+                nn.Conv2d(wide, wide, 3, 1, 1, bias=False),
+                nn.BatchNorm2d(wide),
+                nn.LeakyReLU(0.2, inplace=True),
+            ]
     return nn.Sequential(*layers)
 
 
@@ -101,6 +108,27 @@ class Encoder(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images (N, image_channels, image_size, image_size) in [-1, 1] to z (N, latent_dim)."""
         return self.head(self.body(x)).flatten(1)  # (N, latent_dim, 1, 1) -> (N, latent_dim)
+
+
+class RotNet(nn.Module):
+    """An image in [-1, 1] to four logits: was it turned by 0, 90, 180 or 270 degrees (Gidaris et al. 2018)?
+
+    D's hidden layers, each rung with a second convolution. Raises ValueError unless `image_size` is a power of two
+    from 32 up.
+    """
+
+    def __init__(self, image_size: int = 64, image_channels: int = 3, ndf: int = 64) -> None:
+        super().__init__()
+        self.body = downward_ladder(image_size, image_channels, ndf, deep=True)
+        self.head = nn.Conv2d(ndf * channel_multipliers(image_size)[-1], 4, 4, 1, 0, bias=False)
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """The output of the last hidden layer: (N, 8 ndf, 4, 4) at image_size 64, (N, 4 ndf, 4, 4) at 32."""
+        return self.body(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (N, image_channels, image_size, image_size) in [-1, 1] to logits (N, 4)."""
+        return self.head(self.features(x)).flatten(1)  # (N, 4, 1, 1) -> (N, 4)
 
 
 def initialise_weights(module: nn.Module) -> None:

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 import util
-from network import Discriminator, Encoder, Generator, fold_batchnorm
+from network import Discriminator, Encoder, Generator, RotNet, fold_batchnorm
 from util import InputError
 
 PARTIAL = ".partial-"  # how the names of half-written files begin
@@ -144,7 +144,7 @@ def reading_checkpoint(path: Path, script: str) -> Iterator[tuple[dict[str, Any]
         ) from error
 
 
-def freeze(network: Generator | Discriminator | Encoder, device: torch.device) -> None:
+def freeze(network: Generator | Discriminator | Encoder | RotNet, device: torch.device) -> None:
     """Make a network ready for search and scores: eval mode, no gradients, BatchNorm folded away, on the device."""
     network.eval().requires_grad_(False)
     for name, layers in network.named_children():
@@ -227,12 +227,7 @@ def load_acae(run_dir: Path, gan: TrainedGAN, device: torch.device) -> TrainedAu
     """
     path = run_dir / "acae.pt"
     with reading_checkpoint(path, "train_acae.py") as (state, fingerprint):
-        expected = {"training_images": gan.training_images} | gan.sizes()
-        if any(state["config"][name] != value for name, value in expected.items()):
-            raise InputError(
-                f"{path} was trained on other images or with other sizes than gan.pt: run train_acae.py --run-dir "
-                f"{run_dir} --fresh, or remove it"
-            )
+        check_belongs(path, state, gan, "train_acae.py")
         autoencoder = nn.Sequential(
             Encoder(gan.image_size, gan.image_channels, gan.latent_dim, gan.ndf),
             Generator(gan.image_size, gan.image_channels, gan.latent_dim, gan.ngf),
@@ -242,6 +237,40 @@ def load_acae(run_dir: Path, gan: TrainedGAN, device: torch.device) -> TrainedAu
     for network in autoencoder:
         freeze(network, device)
     return trained
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRotNet:
+    """What rotnet.pt holds for the scores of its network."""
+
+    rotnet: RotNet  # as `freeze` leaves it
+    epoch: float
+    fingerprint: str  # SHA-256 of the file
+
+
+def load_rotnet(run_dir: Path, gan: TrainedGAN, device: torch.device) -> TrainedRotNet:
+    """RotNet of `run_dir`/rotnet.pt, frozen.
+
+    Raises InputError if its images or sizes are others than those of gan.pt, or as `reading_checkpoint` does.
+    """
+    path = run_dir / "rotnet.pt"
+    with reading_checkpoint(path, "train_rotnet.py") as (state, fingerprint):
+        check_belongs(path, state, gan, "train_rotnet.py")
+        rotnet = RotNet(gan.image_size, gan.image_channels, gan.ndf)
+        rotnet.load_state_dict(state["rotnet"])
+        trained = TrainedRotNet(rotnet, state["epoch"], fingerprint)
+    freeze(rotnet, device)
+    return trained
+
+
+def check_belongs(path: Path, state: dict[str, Any], gan: TrainedGAN, script: str) -> None:
+    """Raise InputError if a checkpoint's images or sizes are others than those of gan.pt."""
+    expected = {"training_images": gan.training_images} | gan.sizes()
+    if any(state["config"][name] != value for name, value in expected.items()):
+        raise InputError(
+            f"{path} was trained on other images or with other sizes than gan.pt: run {script} --run-dir "
+            f"{path.parent} --fresh, or remove it"
+        )
 
 
 def latents_path(run_dir: Path, split: str, discrimination: str = "features") -> Path:

@@ -173,7 +173,7 @@ def train(
     parts: dict[str, Any],
     train_step: Callable[[list[nn.Module], torch.Tensor], torch.Tensor],
     curves: dict[str, dict[str, str]],
-    draw_samples: Callable[[], Image.Image],
+    draw_samples: Callable[[], Image.Image] | None = None,
     about: dict[str, Any] | None = None,
 ) -> None:
     """From the last checkpoint at `path`, or the first step, to the last step.
@@ -182,9 +182,9 @@ def train(
     checkpoint holds by these names, beside `about`. `train_step` takes the networks, wrapped if several processes
     average their gradients, and a batch (B, C, H, W) in [-1, 1], and returns what it measured, (M,), on the device.
     `curves` names these: for each panel of the losses' picture, its columns in losses.csv with their labels.
-    `settings` are those that may not change, see `weight_settings`. `draw_samples` draws a grid of 64 images, which is
-    shown beside the first 64 real ones, and in a film of the epochs. Raises InputError if the checkpoint cannot be
-    gone on with, or the training diverges.
+    `settings` are those that may not change, see `weight_settings`. `draw_samples`, of a network that makes images,
+    draws a grid of 64, which is shown beside the first 64 real ones, and in a film of the epochs. Raises InputError if
+    the checkpoint cannot be gone on with, or the training diverges.
     """
     started = time.monotonic()
     rank, processes, device, run_dir = util.rank(), settings["processes"], images.device, path.parent
@@ -195,7 +195,7 @@ def train(
     # What belongs to gan.pt has plain names, what belongs to encoder.pt begins with encoder-
     beside = {
         name: path.with_name(name if path.stem == "gan" else f"{path.stem}-{name}")
-        for name in ("losses.csv", "losses.png", "samples.png", "samples.gif")
+        for name in ("losses.csv", "losses.png", *(("samples.png", "samples.gif") if draw_samples else ()))
     }
     networks = [part for part in parts.values() if isinstance(part, nn.Module)]
     schedulers = [part for part in parts.values() if isinstance(part, CosineAnnealingWarmRestarts)]
@@ -249,6 +249,8 @@ def train(
         values = torch.cat(history).numpy()
         write_losses(beside["losses.csv"], values, list(labels), steps_per_epoch)
         plots.losses(beside["losses.png"], values, curves, steps_per_epoch)
+        if draw_samples is None:
+            return
         real, title = plots.grid(images[:64] / 255), f"{run_dir.name}, epoch {step / steps_per_epoch:.4g}"
         plots.samples(beside["samples.png"], real, draw_samples(), title)
         if frames:  # the first one comes with the first whole epoch
@@ -288,7 +290,7 @@ def train(
                 newest = zip(labels.values(), rows[-1].tolist(), strict=True)
                 bar.set_postfix_str(", ".join(f"{label} {value:.3f}" for label, value in newest), refresh=False)
             # 50 frames at most, or the GIF grows too large
-            if is_over and ((epoch - 1) % (config.epochs // 50 + 1) == 0 or step == steps):
+            if draw_samples and is_over and ((epoch - 1) % (config.epochs // 50 + 1) == 0 or step == steps):
                 frames.append(plots.to_png(draw_samples()))
             if must_save:
                 if rank == 0:
