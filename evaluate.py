@@ -8,7 +8,6 @@ Writes scores.csv, metrics.json and five pictures to the run folder. A high scor
 
 import csv
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +19,22 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 import datasets
 import plots
 import runs
+import scores
 import util
+
+MEMORY = 10_000  # training images at most among which an image's neighbours are looked for
+COMBINED = (
+    "rotation",
+    "neighbours",
+)  # the parts of `combined`, chosen on the development half of CIFAR-10's test split
 
 
 @dataclass
 class Config:
     run_dir: Path | None = None  # the run to use; by default the one trained last
+    score: str | None = (
+        None  # the score of threshold, p_value and flagged; by default combined if there, or anomaly_score
+    )
     quantile: float = 0.95  # share of the validation normals that the threshold leaves unflagged
     bootstrap: int = 1000  # resamples behind each 95% interval
     batch_size: int = 256  # images that go through D at once
@@ -169,32 +178,16 @@ def fitted_images(gan: runs.TrainedGAN, split: str, latents: dict) -> datasets.I
     return fitted
 
 
-def direct_scores(
-    gan: runs.TrainedGAN, encoder: runs.TrainedEncoder | None, acae: runs.TrainedAutoencoder | None
-) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """The scores that need no search, by name: functions from images (N, C, H, W) in [-1, 1] to (N,).
-
-    P_D = 1 - P(x is real). If they were trained, f-AnoGAN's A(x) = A_R + κ A_D, see `util.izi_f_loss`, and the aCAE's
-    Σ|x - x̂| over an image's pixels, where x̂ is its reconstruction.
-    """
-
-    def p_d(x: torch.Tensor) -> torch.Tensor:
-        # 1 - sigmoid(l) = sigmoid(-l); in float64, or a confident D would make ties at 0 and 1
-        return gan.discriminator(x).cpu().double().neg().sigmoid()
-
-    def f_anogan(x: torch.Tensor) -> torch.Tensor:
-        residual, discrimination = util.izi_f_loss(encoder.encoder, gan.generator, gan.discriminator, x)
-        return residual + encoder.kappa * discrimination
-
-    def acae_residual(x: torch.Tensor) -> torch.Tensor:
-        return util.residual_loss(x, acae.autoencoder(x))
-
-    scores = {"p_d": p_d}
-    if encoder is not None:
-        scores["f_anogan"] = f_anogan
-    if acae is not None:
-        scores["acae"] = acae_residual
-    return scores
+@torch.no_grad()
+def remember_training(gan: runs.TrainedGAN, rotnet: runs.TrainedRotNet, config: Config) -> torch.Tensor:
+    """RotNet's features of the first MEMORY training images, as `scores.neighbours` wants them: (M, F)."""
+    image_set = datasets.open_split(gan.dataset, "train", gan.normal_class).take(slice(MEMORY))
+    batches = datasets.chunks(range(len(image_set)), config.batch_size)
+    # without those that cannot be read, as in training
+    decoded = datasets.image_batches(image_set, batches, gan.image_size, gan.image_channels, skip_unreadable=True)
+    return torch.cat(
+        [scores.directions(rotnet.rotnet, datasets.to_model(images, config.device)) for images, *_ in decoded]
+    )
 
 
 @torch.no_grad()
@@ -204,10 +197,10 @@ def score_split(
     split: str,
     latents: dict,
     reference: dict | None,
-    direct: dict[str, Callable[[torch.Tensor], torch.Tensor]],
+    by_name: dict[str, scores.Score],
     config: Config,
 ) -> ScoredSplit:
-    """Every score that the run folder allows: A(x) and its parts R and D, those of `direct_scores`, then A(x) of GAN_R
+    """Every score that the run folder allows: A(x) and its parts R and D, those of `scores.by_name`, then A(x) of GAN_R
     and the baselines if they were fitted.
 
     Raises InputError if `reference`, the latents of GAN_R, are not of the same images.
@@ -215,16 +208,17 @@ def score_split(
     image_set = fitted_images(gan, split, latents)
     batches = datasets.chunks(range(len(image_set)), config.batch_size)
     decoded = datasets.image_batches(image_set, batches, gan.image_size, gan.image_channels)
-    found, seconds = {name: [] for name in direct}, dict.fromkeys(direct, 0.0)
-    for images, *_ in decoded:
+    found, seconds = {name: [] for name in by_name}, dict.fromkeys(by_name, 0.0)
+    for images, positions, _ in decoded:
         x = datasets.to_model(images, config.device).contiguous(memory_format=torch.channels_last)
+        z = torch.from_numpy(latents["z"][positions]).to(config.device)
         if x.is_cuda:
             torch.cuda.synchronize(x.device)  # or the first score would wait for the copy
-        for name, score in direct.items():
+        for name, score in by_name.items():
             begun = time.monotonic()
-            found[name].append(score(x).cpu())
+            found[name].append(score(x, z).cpu())
             seconds[name] += time.monotonic() - begun
-    scores = {
+    all_scores = {
         "anomaly_score": runs.fitted_score(latents),
         "residual": latents["residual"],
         "discrimination": latents["discrimination"],
@@ -236,14 +230,14 @@ def score_split(
                 f"the two searches of {split} are not of the same images: run fit_latent.py with --discrimination "
                 "features and with reference, and the same --max-images"
             )
-        scores["gan_r"] = runs.fitted_score(reference)
-    scores |= read_baselines(run_dir, gan, split, image_set.index)
+        all_scores["gan_r"] = runs.fitted_score(reference)
+    all_scores |= read_baselines(run_dir, gan, split, image_set.index)
     return ScoredSplit(
         images=image_set,
         z=latents["z"],
         class_name=np.array(gan.classes)[image_set.label],
         is_anomaly=image_set.label != gan.classes.index(gan.normal_class),
-        scores=scores,
+        scores=all_scores,
         seconds=seconds,
     )
 
@@ -259,15 +253,15 @@ def real_and_generated(
     return datasets.to_display(datasets.to_model(images)), datasets.to_display(generated)
 
 
-def write_scores(path: Path, scored: dict[str, ScoredSplit], threshold: float) -> None:
-    """scores.csv, a row an image."""
-    validation_score = scored["validation"].scores["anomaly_score"]
+def write_scores(path: Path, scored: dict[str, ScoredSplit], verdict: str, threshold: float) -> None:
+    """scores.csv, a row an image; p_value and flagged are of the score named `verdict`."""
+    validation_score = scored["validation"].scores[verdict]
     with runs.replacing(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="replace") as file:
         writer = csv.writer(file)
         about = ["split", "index", "source", "label", "class_name", "is_anomaly"]
         writer.writerow([*about, *scored["test"].scores, "p_value", "flagged"])
         for name, split in scored.items():
-            score = split.scores["anomaly_score"]
+            score = split.scores[verdict]
             p_value = p_values(score, validation_score)
             for i in range(len(split.images)):
                 writer.writerow(
@@ -292,18 +286,19 @@ def print_table(metrics: dict) -> None:
     for protocol in ("test", "all_splits"):
         if protocol not in metrics:
             continue
-        headline = metrics[protocol]["anomaly_score"]
+        headline = metrics[protocol][metrics["threshold"]["score"]]
         normals = f"{headline['n_normal']} normal ({metrics['normal_class']})"
         print(f"\n{protocol}: {normals}, {headline['n_anomalous']} anomalous images")
         print(f"{'score':<20} ROC-AUC [95% interval]  avg.prec.  FPR at 95% TPR")
         for name, of in metrics[protocol].items():
             print(row(name, of))
-        print("anomaly_score by anomalous class")
+        print(f"{metrics['threshold']['score']} by anomalous class")
         for name, of in headline["per_class"].items():
             print(row(f"  {name}", of))
     threshold = metrics["threshold"]
     print(
-        f"\nthreshold {threshold['value']:.4g}, the {threshold['quantile']:g} quantile of validation normals: on test "
+        f"\nthreshold of {threshold['score']}: {threshold['value']:.4g}, the {threshold['quantile']:g} quantile of "
+        "validation normals: on test "
         f"it flags {threshold['test']['false_alarm_rate']:.1%} of the normal and "
         f"{threshold['test']['detection_rate']:.1%} of the anomalous images"
     )
@@ -335,15 +330,24 @@ def evaluate(config: Config, run_dir: Path, device: torch.device) -> None:
         references = read_fits(run_dir, gan, splits, "reference")
     encoder = runs.load_encoder(run_dir, gan, device) if (run_dir / "encoder.pt").is_file() else None
     acae = runs.load_acae(run_dir, gan, device) if (run_dir / "acae.pt").is_file() else None
-    direct = direct_scores(gan, encoder, acae)
+    rotnet = runs.load_rotnet(run_dir, gan, device) if (run_dir / "rotnet.pt").is_file() else None
+    memory = remember_training(gan, rotnet, config) if rotnet else None
+    by_name = scores.by_name(gan, encoder, acae, rotnet, memory)
     scored = {
-        split: score_split(run_dir, gan, split, fits[split], references.get(split), direct, config) for split in splits
+        split: score_split(run_dir, gan, split, fits[split], references.get(split), by_name, config) for split in splits
     }
     if len({tuple(split.scores) for split in scored.values()}) > 1:
         raise util.InputError(
             f"not every split has baselines: run fit_baselines.py --run-dir {run_dir} --splits {' '.join(splits)}"
         )
     validation, test = scored["validation"], scored["test"]
+    if rotnet:
+        of_validation = [validation.scores[name] for name in COMBINED]
+        for split in scored.values():
+            split.scores["combined"] = scores.combined([split.scores[name] for name in COMBINED], of_validation)
+    verdict = config.score or ("combined" if rotnet else "anomaly_score")
+    if verdict not in test.scores:
+        raise util.InputError(f"--score {verdict} is not there: choose from {', '.join(test.scores)}")
     if test.is_anomaly.all() or not test.is_anomaly.any():
         raise util.InputError(
             f"the fitted test images are all {'anomalous' if test.is_anomaly.all() else 'normal'}, and ROC-AUC needs "
@@ -351,7 +355,7 @@ def evaluate(config: Config, run_dir: Path, device: torch.device) -> None:
         )
 
     # A threshold from validation normals alone, and what it and each score give on test
-    threshold = float(np.quantile(validation.scores["anomaly_score"], config.quantile))
+    threshold = float(np.quantile(validation.scores[verdict], config.quantile))
     metrics = {
         "normal_class": gan.normal_class,
         "gan": gan.fingerprint,
@@ -359,39 +363,40 @@ def evaluate(config: Config, run_dir: Path, device: torch.device) -> None:
         "search_gan_r": references["test"]["search"] if references else None,
         "encoder": {"epoch": encoder.epoch, "kappa": encoder.kappa} if encoder else None,
         "acae": {"epoch": acae.epoch} if acae else None,
+        "rotnet": {"epoch": rotnet.epoch} if rotnet else None,
         "threshold": {
-            "score": "anomaly_score",
+            "score": verdict,
             "quantile": config.quantile,
             "value": threshold,
-            "test": threshold_metrics(test.scores["anomaly_score"], test.is_anomaly, threshold),
+            "test": threshold_metrics(test.scores[verdict], test.is_anomaly, threshold),
         },
         "test": protocol_metrics([test], config),
     }
     if "train_anomalies" in scored:
         metrics["all_splits"] = protocol_metrics([validation, test, scored["train_anomalies"]], config)
     runs.write_json(run_dir / "metrics.json", metrics)
-    write_scores(run_dir / "scores.csv", scored, threshold)
+    write_scores(run_dir / "scores.csv", scored, verdict, threshold)
 
     # Pictures
     title = f"{run_dir.name}, test split"
     plots.roc_curves(run_dir / "roc.png", test.scores, test.is_anomaly, metrics["test"], title)
-    plots.score_histograms(run_dir / "score_histograms.png", test.scores, test.is_anomaly, threshold, title)
+    plots.score_histograms(run_dir / "score_histograms.png", test.scores, test.is_anomaly, verdict, threshold, title)
     plots.per_class_auc(run_dir / "per_class_auc.png", metrics["test"], title)
 
-    score = test.scores["anomaly_score"]
-    p_value = p_values(score, validation.scores["anomaly_score"])
+    score = test.scores[verdict]
+    p_value = p_values(score, validation.scores[verdict])
     ranked = np.argsort(score, kind="stable")
     plots.ranking(
         run_dir / "ranking.png",
         {
             f"most {kind}": (
                 real_and_generated(gan, test, rows, config)[0],
-                [f"{test.class_name[i]}\nA = {score[i]:.0f}" for i in rows],
+                [f"{test.class_name[i]}\n{score[i]:.4g}" for i in rows],
                 test.is_anomaly[rows],
             )
             for kind, rows in (("normal", ranked[:16]), ("anomalous", ranked[::-1][:16]))
         },
-        title,
+        f"{title}, {plots.LABELS[verdict]}",
     )
     # The first few normals and the first two of each anomalous class, not the best-looking ones
     rows = [np.flatnonzero(~test.is_anomaly)[:4]]
@@ -403,9 +408,9 @@ def evaluate(config: Config, run_dir: Path, device: torch.device) -> None:
     plots.difference_maps(
         run_dir / "difference_maps.png",
         *real_and_generated(gan, test, rows, config),
-        [[test.class_name[i], f"A = {score[i]:.0f}", f"p = {p_value[i]:.2f}"] for i in rows],
+        [[test.class_name[i], f"{score[i]:.4g}", f"p = {p_value[i]:.2f}"] for i in rows],
         pixel_threshold,
-        title,
+        f"{title}, {plots.LABELS[verdict]}",
     )
 
     score_1000 = {name: round(1000 * spent / len(test.images), 4) for name, spent in test.seconds.items()}

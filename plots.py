@@ -23,20 +23,33 @@ LABELS = {
     "anomaly_score": "A(x), AnoGAN's anomaly score",
     "residual": "R, residual",
     "discrimination": "D, discrimination",
+    "relative_residual": "R over the image's contrast",
+    "dissimilarity": "1 - SSIM of x and G(z)",
     "p_d": "P_D, discriminator alone",
     "f_anogan": "f-AnoGAN, encoder",
     "acae": "aCAE, reconstruction",
+    "rotation": "rotation, RotNet's loss",
+    "neighbours": "neighbours in RotNet's features",
     "gan_r": "A(x) of GAN_R, reference loss",
     "oc_svm": "one-class SVM on pixels",
     "kde": "kernel density of pixels",
     "isolation_forest": "isolation forest on pixels",
+    "combined": "combined",
 }
 
 
-# A score of its own has a colour of its own; R and D share that of A, whose parts they are
-PARTS = {"residual": ("--", 0.6), "discrimination": (":", 0.3)}  # the style of a line, the opacity of a bar
+# A score has the colour of the one it is a part or a variant of: (that one, style of its line, opacity of its bar)
+PARTS = {
+    "residual": ("anomaly_score", "--", 0.6),
+    "discrimination": ("anomaly_score", ":", 0.4),
+    "relative_residual": ("anomaly_score", "-.", 0.3),
+    "dissimilarity": ("anomaly_score", (0, (1, 4)), 0.2),
+    "rotation": ("combined", "--", 0.6),
+    "neighbours": ("combined", ":", 0.3),
+}
 COLOURS = dict(zip([name for name in LABELS if name not in PARTS], plt.get_cmap("tab10").colors, strict=False))
-COLOURS |= dict.fromkeys(PARTS, COLOURS["anomaly_score"])
+STYLES = {name: (COLOURS[name], "-", 1.0) for name in COLOURS}
+STYLES |= {name: (COLOURS[parent], line, opacity) for name, (parent, line, opacity) in PARTS.items()}
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -101,7 +114,8 @@ def roc_curves(path: Path, scores: dict[str, np.ndarray], is_anomaly: np.ndarray
         fpr, tpr, _ = roc_curve(is_anomaly, score)
         low, high = metrics[name]["roc_auc_95_interval"]
         label = f"{LABELS[name]}: {metrics[name]['roc_auc']:.3f} [{low:.3f}, {high:.3f}]"
-        axes.plot(fpr, tpr, color=COLOURS[name], linestyle=PARTS.get(name, ("-", 1))[0], label=label)
+        colour, line, _ = STYLES[name]
+        axes.plot(fpr, tpr, color=colour, linestyle=line, label=label)
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, label="chance: 0.5")
     axes.set(xlabel="false positive rate (normals flagged)", ylabel="true positive rate (anomalies flagged)")
     axes.set(title=title, xlim=(0, 1), ylim=(0, 1), aspect="equal")
@@ -112,9 +126,9 @@ def roc_curves(path: Path, scores: dict[str, np.ndarray], is_anomaly: np.ndarray
 
 
 def score_histograms(
-    path: Path, scores: dict[str, np.ndarray], is_anomaly: np.ndarray, threshold: float, title: str
+    path: Path, scores: dict[str, np.ndarray], is_anomaly: np.ndarray, verdict: str, threshold: float, title: str
 ) -> None:
-    """Normal against anomalous images, a panel a score, each kind with area 1; the threshold on the anomaly score."""
+    """Normal against anomalous images, a panel a score, each kind with area 1; the threshold on the score `verdict`."""
     rows = -(-len(scores) // 5)
     columns = -(-len(scores) // rows)
     figure, panels = plt.subplots(rows, columns, figsize=(4 * columns, 3.6 * rows), layout="constrained", squeeze=False)
@@ -125,7 +139,7 @@ def score_histograms(
         score = score.clip(bins[0], bins[-1])  # the last bin holds the rest
         for kind, rows, colour in (("normal", ~is_anomaly, "tab:green"), ("anomalous", is_anomaly, "tab:red")):
             axes.hist(score[rows], bins, density=True, alpha=0.5, color=colour, label=f"{kind} ({rows.sum()})")
-        if name == "anomaly_score":
+        if name == verdict:
             axes.axvline(threshold, ymax=0.7, color="black", linestyle="--", label="threshold, from validation")
         axes.set(xlabel=LABELS[name], yticks=[], ylim=(0, 1.4 * axes.get_ylim()[1]))  # the legend stands above the bars
         axes.xaxis.set_major_locator(MaxNLocator(5))  # or long labels, such as those of a narrow P_D, touch
@@ -148,13 +162,13 @@ def per_class_auc(path: Path, metrics: dict, title: str) -> None:
         places = np.arange(len(names)) + (i - (len(metrics) - 1) / 2) * width
         # percentile intervals of a skewed bootstrap may leave out the estimate itself
         errors = np.abs(interval - auc).clip(min=0)
-        opacity = PARTS.get(score, ("-", 1))[1]
+        colour, _, opacity = STYLES[score]
         axes.bar(
             places,
             auc,
             width,
             yerr=errors,
-            color=(*COLOURS[score], opacity),
+            color=(*colour, opacity),
             label=LABELS[score],
             error_kw={"linewidth": 0.8},
         )
@@ -216,7 +230,7 @@ def ranking(path: Path, groups: dict[str, tuple[torch.Tensor, list[str], np.ndar
         for axes, image, caption, anomalous in zip(panels.flat, images, captions, is_anomaly, strict=False):
             show_framed(axes, image, "tab:red" if anomalous else "tab:green")
             axes.set_title(caption, fontsize=8)
-        block.suptitle(f"{name} by the anomaly score")
+        block.suptitle(name)
     figure.suptitle(f"{title} (green frame: normal, red frame: anomalous)")
     save(figure, path)
 

@@ -127,8 +127,9 @@ def digits_workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "fit_latent.py --splits validation test train_anomalies --max-images 60 --steps 20 --discrimination reference",
         "train_encoder.py --kappa 0.5",
         "train_acae.py",
+        "train_rotnet.py --epochs 6",
         "fit_baselines.py --splits validation test train_anomalies",
-        "evaluate.py --bootstrap 50",
+        "evaluate.py --bootstrap 50 --score anomaly_score",
     ):
         code, printed = start(workdir, *command.split()).end()
         assert code == 0, printed

@@ -34,6 +34,7 @@ def test_every_file_is_there_and_no_other(digits_workdir: Path) -> None:
         *(f"latents-{split}-reference.npz" for split in ("validation", "test", "train_anomalies")),
         *(f"baselines-{split}.npz" for split in ("validation", "test", "train_anomalies")),
         *("encoder.pt", "encoder-losses.csv", "encoder-losses.png", "encoder-samples.png", "encoder-samples.gif"),
+        *("rotnet.pt", "rotnet-losses.csv", "rotnet-losses.png"),
         *("acae.pt", "acae-losses.csv", "acae-losses.png", "acae-samples.png", "acae-samples.gif"),
     }
     assert {path.name for path in run_dir.glob(".*")} <= {".lock"}
@@ -96,7 +97,8 @@ def test_every_score_has_the_same_figures(digits_workdir: Path) -> None:
     run_dir = digits_workdir / "outputs/digits-0"
     metrics = json.loads((run_dir / "metrics.json").read_text())
     for protocol in ("test", "all_splits"):
-        names = ["anomaly_score", "residual", "discrimination", "p_d", "f_anogan", "acae", "gan_r", *runs.BASELINES]
+        names = ["anomaly_score", "residual", "discrimination", "relative_residual", "dissimilarity", "p_d"]
+        names += ["f_anogan", "acae", "rotation", "neighbours", "gan_r", *runs.BASELINES, "combined"]
         assert list(metrics[protocol]) == names
         assert len({tuple(figures) for figures in metrics[protocol].values()}) == 1
     rows = [row for row in read_scores(run_dir) if row["split"] == "test"]
@@ -118,7 +120,7 @@ def test_all_splits_protocol(digits_workdir: Path) -> None:
 def test_run_json_tells_how_each_script_ran(digits_workdir: Path) -> None:
     record = json.loads((digits_workdir / "outputs/digits-0/run.json").read_text())
     fits = {"fit_latent", "fit_latent_reference", "fit_baselines"}
-    assert set(record) == {"train_gan", "train_encoder", "train_acae", "evaluate"} | fits
+    assert set(record) == {"train_gan", "train_encoder", "train_acae", "train_rotnet", "evaluate"} | fits
     for script in record.values():
         assert script["seconds"] > 0 and script["device"].startswith("cpu") and script["versions"]["torch"]
         assert os.name == "nt" or script["peak_memory_mib"] > 50
@@ -188,7 +190,9 @@ def test_folder_of_mixed_pictures(tmp_path: Path) -> None:
     run_dir = tmp_path / "outputs/shapes-disc"
     assert {path.name for path in run_dir.glob("[!.]*")} == RUN_FILES
     metrics = json.loads((run_dir / "metrics.json").read_text())
-    assert list(metrics["test"]) == ["anomaly_score", "residual", "discrimination", "p_d"]  # only AnoGAN was run
+    # only AnoGAN was run
+    names = ["anomaly_score", "residual", "discrimination", "relative_residual", "dissimilarity", "p_d"]
+    assert list(metrics["test"]) == names and metrics["threshold"]["score"] == "anomaly_score"
     assert runs.load_gan(run_dir, torch.device("cpu")).image_channels == 3
     sources = [row["source"] for row in read_scores(run_dir)]
     assert "test/cross/2.webp" in sources and "test/cross/broken.png" not in sources

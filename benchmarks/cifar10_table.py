@@ -1,0 +1,174 @@
+"""Ten one-class problems: every class of CIFAR-10 in turn is normal, the nine others are anomalies.
+
+    python -m benchmarks.cifar10_table                                              # CIFAR-10, hours on a CPU
+    python -m benchmarks.cifar10_table --dataset data/cifar10-jpeg --seeds 0 1 2
+
+Runs the scripts as a user does, a run folder for each class and seed, and adds a row a score to
+benchmarks/results/cifar10_table.csv, from which it makes cifar10_table.md. What is in the file already is not run
+again, and what stopped goes on: delete its rows to measure anew. One seeded half of the test split, `development`,
+is for choosing among scores; `roc_auc` is of the other half, for which nothing was chosen.
+"""
+
+import csv
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from sklearn.metrics import roc_auc_score
+
+import datasets
+import fit_latent
+import runs
+import util
+from benchmarks import measure
+
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = (
+    *("normal_class", "method", "seed", "roc_auc", "roc_auc_development", "n_test"),
+    *("dataset", "image_size", "ngf", "epochs", "hardware", "git_commit"),
+)
+# Mean of ten classes, automobile, where from, and what the pixels went through; on the original files
+PUBLISHED = {
+    "AnoGAN": (61.8, 54.7, "Ruff et al. 2018", "contrast-normalised"),
+    "OC-SVM": (64.8, 63.8, "Ruff et al. 2018", "contrast-normalised, PCA"),
+    "KDE": (64.9, 64.0, "Ruff et al. 2018", "contrast-normalised, PCA"),
+    "Deep SVDD": (64.8, 65.9, "Ruff et al. 2018", "contrast-normalised"),
+    "OCGAN": (65.6, 53.0, "Perera et al. 2019", "scaled"),
+    "DROCC": (74.2, None, "Goyal et al. 2020", "normalised"),
+    "GeoTrans": (86.0, 95.7, "Golan and El-Yaniv 2018", "scaled"),
+}
+
+
+@dataclass
+class Config:
+    dataset: str = "cifar10"  # cifar10, or a folder with the same ten classes
+    seeds: tuple[int, ...] = (0,)  # each a training of its own for every class
+    image_size: int = 32  # side in pixels
+    ngf: int = 32  # width of the networks, for ndf too
+    epochs: int = 45  # of the GAN; with 15 and 45 the cosine of the step size has just come down
+    folder: Path = Path("outputs/table")  # of the run folders
+    device: str = fit_latent.Config().device  # cuda, cuda:1, cpu, ...
+
+
+def run(script: str, run_dir: Path, *flags: object) -> None:
+    """Run a script as a user does. Raises InputError if it fails; it has said why."""
+    command = [sys.executable, script, "--run-dir", str(run_dir), *map(str, flags)]
+    print("$", " ".join(command[1:]), flush=True)
+    if subprocess.run(command).returncode != 0:
+        raise util.InputError(f"{script} failed, see above: mend that, and the same command goes on from there")
+
+
+def fit(config: Config, normal_class: str, seed: int) -> Path:
+    """All scripts in order for one class and seed; returns the run folder."""
+    run_dir = config.folder / f"{normal_class}-{seed}"
+    data = ("--dataset", config.dataset, "--normal-class", normal_class)
+    sizes = ("--image-size", config.image_size, "--ngf", config.ngf, "--ndf", config.ngf, "--epochs", config.epochs)
+    common = ("--seed", seed, "--device", config.device)
+    run("train_gan.py", run_dir, *data, *sizes, "--generator-steps", 1, *common)
+    run("train_rotnet.py", run_dir, *common)
+    run("fit_baselines.py", run_dir, "--seed", seed)
+    run("fit_latent.py", run_dir, *common)
+    run("evaluate.py", run_dir, "--device", config.device)
+    return run_dir
+
+
+def halves(path: Path) -> dict[str, list[float]]:
+    """ROC-AUC of each score in a scores.csv: [on the report half of its test split, on the development half]."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    is_anomaly = np.array([row["is_anomaly"] == "1" for row in rows])
+    label = np.array([int(row["label"]) for row in rows])
+    development = np.isin(np.arange(len(rows)), fit_latent.stratified_subset(label, len(rows) // 2, seed=0))
+    about = {"split", "index", "source", "label", "class_name", "is_anomaly", "p_value", "flagged"}
+    return {
+        name: [
+            float(roc_auc_score(is_anomaly[half], np.array([float(row[name]) for row in rows])[half]))
+            for half in (~development, development)
+        ]
+        for name in rows[0]
+        if name not in about
+    }
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows measured so far."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_table(path: Path, rows: list[dict[str, str]]) -> None:
+    """All rows, whole or not at all."""
+    with runs.replacing(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def to_markdown(rows: list[dict[str, str]]) -> str:
+    """Mean ROC-AUC in percent of each method and class over its seeds, and of all classes with the seeds' deviation."""
+    classes = list(dict.fromkeys(row["normal_class"] for row in rows))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    seeds = sorted({row["seed"] for row in rows}, key=int)
+    auc = {(row["method"], row["normal_class"], row["seed"]): 100 * float(row["roc_auc"]) for row in rows}
+    profiles = sorted({f"{row['image_size']}x{row['image_size']}, ngf {row['ngf']}" for row in rows})
+    lines = [
+        f"ROC-AUC in percent on the report half ({rows[0]['n_test']} images a class); {rows[0]['dataset']}, "
+        f"{'; '.join(profiles)}, {rows[0]['epochs']} epochs, seeds {', '.join(seeds)}; {rows[0]['hardware']}.",
+        "",
+        "| method | " + " | ".join(classes) + " | mean | seeds |",
+        "|---|" + "---|" * (len(classes) + 2),
+    ]
+    for method in methods:
+        of_class = [[auc[method, name, seed] for seed in seeds if (method, name, seed) in auc] for name in classes]
+        whole = [seed for seed in seeds if all((method, name, seed) in auc for name in classes)]
+        means = [np.mean([auc[method, name, seed] for name in classes]) for seed in whole]
+        deviation = f" ± {np.std(means, ddof=1):.1f}" if len(means) > 1 else ""
+        mean = f"{np.mean(means):.1f}{deviation}" if means else ""
+        cells = [f"{np.mean(values):.1f}" if values else "" for values in of_class]
+        lines.append(f"| `{method}` | " + " | ".join(cells) + f" | **{mean}** | {len(whole)} |")
+    lines += ["", "| published, original files | mean | automobile | source | pixels |", "|---|---|---|---|---|"]
+    for name, (mean, automobile, source, pixels) in PUBLISHED.items():
+        lines.append(f"| {name} | {mean} | {automobile or ''} | {source} | {pixels} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(config: Config) -> None:
+    """Run what is missing, class by class, and make the tables."""
+    path = RESULTS / "cifar10_table.csv"
+    rows = read_table(path)
+    about = measure.about(torch.device(config.device))
+    for seed in config.seeds:
+        for name in datasets.open_dataset(config.dataset, "test").classes:
+            profile = {
+                "normal_class": name,
+                "seed": str(seed),
+                "dataset": Path(config.dataset).name,
+                "image_size": str(config.image_size),
+                "ngf": str(config.ngf),
+                "epochs": str(config.epochs),
+            }
+            if any(all(row[key] == value for key, value in profile.items()) for row in rows):
+                print(f"{name}, seed {seed}: measured before")
+                continue
+            run_dir = fit(config, name, seed)
+            n_test = sum(row["split"] == "test" for row in csv.DictReader((run_dir / "scores.csv").open())) // 2
+            for method, (report, development) in halves(run_dir / "scores.csv").items():
+                figures = {"roc_auc": f"{report:.4f}", "roc_auc_development": f"{development:.4f}", "n_test": n_test}
+                where = {"hardware": about["hardware"], "git_commit": about["git_commit"]}
+                rows.append({**profile, "method": method, **figures, **where})
+            write_table(path, rows)
+    markdown = to_markdown(read_table(path))
+    with runs.replacing(path.with_suffix(".md")) as partial:
+        partial.write_text(markdown, encoding="utf-8")
+    print(markdown)
+
+
+if __name__ == "__main__":
+    with util.clear_errors():
+        main(tyro.cli(Config, description=__doc__))
