@@ -1,6 +1,7 @@
 # make demo      the three scripts on scikit-learn's digits: a first result in minutes, no download of data
 # make test      the test suite
 # make bench     the search and the training against the usual loops: two tables and two JSON files in under 10 minutes
+# make table     every class of CIFAR-10 in turn against the nine others: hours; goes on where it stopped
 # make cifar10   the three scripts with their defaults, on CIFAR-10 (hours without a GPU)
 # make lint      ruff
 
@@ -12,7 +13,10 @@ DEMO := outputs/digits-1
 BENCH_RUN := outputs/digits-1-64
 BENCH_DATA := --dataset digits
 
-.PHONY: demo test bench cifar10 lint clean
+# for the JPEG copy: make table TABLE="--dataset data/cifar10-jpeg --seeds 0 1 2"
+TABLE :=
+
+.PHONY: demo test bench table cifar10 lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python train_gan.py --dataset digits --normal-class 1 --run-dir $(DEMO) \
@@ -36,6 +40,9 @@ bench: $(VENV)/installed $(BENCH_RUN)/gan.pt
 
 outputs/digits-1-64/gan.pt: | $(VENV)/installed
 	$(BIN)/python train_gan.py --dataset digits --run-dir $(@D) --batch-size 16 --epochs 30
+
+table: $(VENV)/installed
+	$(BIN)/python -m benchmarks.cifar10_table $(TABLE)
 
 cifar10: $(VENV)/installed
 	$(BIN)/python train_gan.py

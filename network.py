@@ -122,13 +122,19 @@ class RotNet(nn.Module):
         self.body = downward_ladder(image_size, image_channels, ndf, deep=True)
         self.head = nn.Conv2d(ndf * channel_multipliers(image_size)[-1], 4, 4, 1, 0, bias=False)
 
-    def features(self, x: torch.Tensor) -> torch.Tensor:
-        """The output of the last hidden layer: (N, 8 ndf, 4, 4) at image_size 64, (N, 4 ndf, 4, 4) at 32."""
-        return self.body(x)
+    def features(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """What each rung puts out, from the widest image to the smallest: (N, ndf, 32, 32), ..., (N, 8 ndf, 4, 4) at
+        image_size 64."""
+        rungs = []
+        for layer in self.body:
+            if isinstance(layer, nn.Conv2d) and layer.stride == (2, 2):  # a rung ends where the next begins
+                rungs.append(x)
+            x = layer(x)
+        return [*rungs[1:], x]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images (N, image_channels, image_size, image_size) in [-1, 1] to logits (N, 4)."""
-        return self.head(self.features(x)).flatten(1)  # (N, 4, 1, 1) -> (N, 4)
+        return self.head(self.body(x)).flatten(1)  # (N, 4, 1, 1) -> (N, 4)
 
 
 def initialise_weights(module: nn.Module) -> None:

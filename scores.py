@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import avg_pool2d, cross_entropy, normalize
+from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, cross_entropy, normalize
 
 import runs
 import util
@@ -67,8 +67,12 @@ def rotation(rotnet: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def directions(rotnet: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """RotNet's features of images (N, C, H, W) as vectors of length 1: (N, F)."""
-    return normalize(rotnet.features(x).flatten(1))
+    """RotNet's features of images (N, C, H, W) as vectors of length 1: (N, F).
+
+    Those of its last two rungs, what an object is and what its parts look like, averaged to 4x4 and of equal weight.
+    """
+    rungs = [normalize(adaptive_avg_pool2d(rung, 4).flatten(1)) for rung in rotnet.features(x)[-2:]]
+    return normalize(torch.cat(rungs, 1))
 
 
 def neighbours(rotnet: nn.Module, x: torch.Tensor, memory: torch.Tensor, count: int = 5) -> torch.Tensor:

@@ -6,7 +6,6 @@ Each run folder must hold all that evaluate.py can score, see README.md. Prints 
 benchmarks/results/comparators.json and docs/comparators.png.
 """
 
-import csv
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,13 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 import tyro
 from sklearn.metrics import roc_curve
 
 import plots
 import runs
 import util
+from benchmarks import measure
 
 SCRIPTS = (
     "train_gan",
@@ -100,9 +99,7 @@ def main(config: Config) -> None:
     for axes in grid.flat[len(read) :]:
         axes.axis("off")
     for axes, (title, (run_dir, record, metrics)) in zip(grid.flat, read.items(), strict=False):
-        with (run_dir / "scores.csv").open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
-        is_anomaly = np.array([row["is_anomaly"] == "1" for row in rows])
+        rows, is_anomaly = measure.test_rows(run_dir)
         for name in SCORES:
             fpr, tpr, _ = roc_curve(is_anomaly, [float(row[name]) for row in rows])
             axes.plot(fpr, tpr, color=plots.COLOURS[name], label=plots.LABELS[name])

@@ -1,5 +1,6 @@
 """What the speed benchmarks share: seconds, FLOP, and the machine's peak, measured in the run itself."""
 
+import csv
 import os
 import platform
 import statistics
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import conv2d
 from torch.utils.flop_counter import FlopCounterMode
@@ -100,6 +102,13 @@ def peak_flop_rate(precision: str, device: torch.device) -> float:
         pieces.append((lambda x=x, weight=weight, stride=stride: conv2d(x, weight, stride=stride, padding=1), flop))
     with torch.no_grad():
         return max(flop / min(timed(work, device)[0] for _ in range(4)) for work, flop in pieces)
+
+
+def test_rows(run_dir: Path) -> tuple[list[dict[str, str]], np.ndarray]:
+    """The rows of the test split in a run's scores.csv, and which of them are anomalies (N,)."""
+    with (run_dir / "scores.csv").open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    return rows, np.array([row["is_anomaly"] == "1" for row in rows])
 
 
 def about(device: torch.device) -> dict[str, str | None]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from network import Discriminator, Encoder, Generator, fold_batchnorm, initialise_weights
+from network import Discriminator, Encoder, Generator, RotNet, fold_batchnorm, initialise_weights
 
 
 @pytest.mark.parametrize("image_size", [32, 64, 128])
@@ -17,6 +17,11 @@ def test_shapes(image_size: int, image_channels: int) -> None:
     assert discriminator(images).shape == (5,)
     assert discriminator.features(images).shape == (5, 2 * image_size // 8, 4, 4)
     assert Encoder(image_size, image_channels, latent_dim=7, ndf=2)(images).shape == (5, 7)
+    rotnet = RotNet(image_size, image_channels, ndf=2)
+    assert rotnet(images).shape == (5, 4)
+    sides = [image_size // 2**rung for rung in range(1, image_size.bit_length() - 2)]
+    assert [rung.shape for rung in rotnet.features(images)] == [(5, image_size // side, side, side) for side in sides]
+    assert torch.equal(rotnet.eval().features(images)[-1], rotnet.body(images))
 
 
 def count(network: nn.Module) -> int:
@@ -36,6 +41,8 @@ def test_parameter_counts(channels: int) -> None:
     assert count(Discriminator(32, channels, ndf=64)) == at_32
     # the encoder's head has an output for each of z's coordinates
     assert count(Encoder(32, channels, latent_dim=128, ndf=64)) == at_32 + 16 * 256 * 127
+    # RotNet's head has four, and each rung a second convolution with BatchNorm
+    assert count(RotNet(32, channels, ndf=64)) == at_32 + 16 * 256 * 3 + sum(9 * n * n + 2 * n for n in (64, 128, 256))
 
 
 def test_features_are_what_the_logit_is_made_from() -> None:
@@ -80,6 +87,6 @@ def test_folded_networks_compute_the_same(tiny_networks: tuple[Generator, Discri
 
 @pytest.mark.parametrize("image_size", [0, 16, 31, 48, 65, -64])
 def test_wrong_image_size(image_size: int) -> None:
-    for network in (Generator, Discriminator, Encoder):
+    for network in (Generator, Discriminator, Encoder, RotNet):
         with pytest.raises(ValueError, match="power of two from 32 up"):
             network(image_size)

@@ -74,8 +74,10 @@ def test_rotation_by_hand() -> None:
 
 
 def test_neighbours_by_hand() -> None:
-    rotnet = SimpleNamespace(features=lambda images: images)
-    memory = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    # two rungs that say the same weigh as much as one
+    rotnet = SimpleNamespace(features=lambda images: [images.expand(-1, -1, 8, 8), images.expand(-1, -1, 4, 4)])
+    memory = scores.directions(rotnet, torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])[:, :, None, None])
+    assert memory.shape == (3, 2 * 2 * 16) and memory.norm(dim=1).tolist() == pytest.approx([1, 1, 1])
     x = torch.tensor([[3.0, 0.0], [1.0, 1.0]])[:, :, None, None]  # its length does not count, its direction does
     found = scores.neighbours(rotnet, x, memory, count=2)
     assert found.tolist() == pytest.approx([(0 + 1) / 2, 1 - 2**-0.5])
@@ -138,7 +140,13 @@ def test_scores_csv_by_hand(digits_workdir: Path) -> None:
     x = {split: datasets.to_model(datasets.load_images(image_set, 32, 1)[0]) for split, image_set in images.items()}
     parts = {}
     with torch.no_grad():
-        vectors = {split: nn.functional.normalize(rotnet.body(x[split]).flatten(1)) for split in x}
+        # the last rung is six layers: two convolutions, each with BatchNorm and LeakyReLU
+        rungs = {split: (rotnet.body[:-6](x[split]), rotnet.body(x[split])) for split in x}
+        averaged = {split: (nn.functional.avg_pool2d(parts, 2), last) for split, (parts, last) in rungs.items()}
+        vectors = {
+            split: torch.cat([rung.flatten(1) / rung.flatten(1).norm(dim=1, keepdim=True) for rung in both], 1) / 2**0.5
+            for split, both in averaged.items()
+        }
         for split in ("validation", "test"):
             losses = [-rotnet(x[split].rot90(turn, (2, 3))).log_softmax(1)[:, turn] for turn in range(4)]
             distances = (1 - vectors[split] @ vectors["train"].T).sort(1).values[:, :5].mean(1)
