@@ -56,7 +56,7 @@ class Config:
 
 def run(script: str, run_dir: Path, *flags: object) -> None:
     """Run a script as a user does. Raises InputError if it fails; it has said why."""
-    command = [sys.executable, script, "--run-dir", str(run_dir), *map(str, flags)]
+    command = [sys.executable, str(Path(__file__).parents[1] / script), "--run-dir", str(run_dir), *map(str, flags)]
     print("$", " ".join(command[1:]), flush=True)
     if subprocess.run(command).returncode != 0:
         raise util.InputError(f"{script} failed, see above: mend that, and the same command goes on from there")
@@ -128,9 +128,9 @@ def to_markdown(rows: list[dict[str, str]]) -> str:
         whole = [seed for seed in seeds if all((method, name, seed) in auc for name in classes)]
         means = [np.mean([auc[method, name, seed] for name in classes]) for seed in whole]
         deviation = f" ± {np.std(means, ddof=1):.1f}" if len(means) > 1 else ""
-        mean = f"{np.mean(means):.1f}{deviation}" if means else ""
+        mean = f"**{np.mean(means):.1f}{deviation}**" if means else ""
         cells = [f"{np.mean(values):.1f}" if values else "" for values in of_class]
-        lines.append(f"| `{method}` | " + " | ".join(cells) + f" | **{mean}** | {len(whole)} |")
+        lines.append(f"| `{method}` | " + " | ".join(cells) + f" | {mean} | {len(whole)} |")
     lines += ["", "| published, on the original files | mean | automobile | source |", "|---|---|---|---|"]
     for name, (mean, automobile, source) in PUBLISHED.items():
         lines.append(f"| {name} | {mean} | {automobile or ''} | {source} |")
