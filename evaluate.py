@@ -20,24 +20,22 @@ import datasets
 import plots
 import runs
 import scores
+import training
 import util
 
-MEMORY = 10_000  # training images at most among which an image's neighbours are looked for
-COMBINED = (
-    "rotation",
-    "neighbours",
-)  # the parts of `combined`, chosen on the development half of CIFAR-10's test split
+MEMORY = 5000  # training images at most among which neighbours are looked for; at 64x64 with ndf 64 they take 250 MB
+# The parts of `combined`, chosen on the development half of CIFAR-10's test split, see benchmarks/cifar10_table.py
+COMBINED = ("rotation", "neighbours")
+OF_THE_SEARCH = ("relative_residual", "dissimilarity")  # scores that need G(z)
 
 
 @dataclass
 class Config:
     run_dir: Path | None = None  # the run to use; by default the one trained last
-    score: str | None = (
-        None  # the score of threshold, p_value and flagged; by default combined if there, or anomaly_score
-    )
+    score: str | None = None  # of threshold, p_value and flagged; by default combined if it is there, or anomaly_score
     quantile: float = 0.95  # share of the validation normals that the threshold leaves unflagged
     bootstrap: int = 1000  # resamples behind each 95% interval
-    batch_size: int = 256  # images that go through D at once
+    batch_size: int = 256  # images that go through the networks at once
     seed: int = 0  # of the bootstrap
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda, cuda:1, cpu, ...
 
@@ -180,14 +178,14 @@ def fitted_images(gan: runs.TrainedGAN, split: str, latents: dict) -> datasets.I
 
 @torch.no_grad()
 def remember_training(gan: runs.TrainedGAN, rotnet: runs.TrainedRotNet, config: Config) -> torch.Tensor:
-    """RotNet's features of the first MEMORY training images, as `scores.neighbours` wants them: (M, F)."""
-    image_set = datasets.open_split(gan.dataset, "train", gan.normal_class).take(slice(MEMORY))
-    batches = datasets.chunks(range(len(image_set)), config.batch_size)
-    # without those that cannot be read, as in training
-    decoded = datasets.image_batches(image_set, batches, gan.image_size, gan.image_channels, skip_unreadable=True)
-    return torch.cat(
-        [scores.directions(rotnet.rotnet, datasets.to_model(images, config.device)) for images, *_ in decoded]
-    )
+    """RotNet's features of MEMORY training images, evenly spaced if there are more, for `scores.neighbours`: (M, F).
+
+    Raises InputError if the training images have changed since.
+    """
+    images = training.images_of_gan(gan, skip_unreadable=True, processes=1)
+    rows = np.unique(np.linspace(0, len(images) - 1, MEMORY).round().astype(np.int64))
+    batches = [images[rows[part]] for part in datasets.chunks(range(len(rows)), config.batch_size)]
+    return torch.cat([scores.directions(rotnet.rotnet, datasets.to_model(batch, config.device)) for batch in batches])
 
 
 @torch.no_grad()
@@ -211,12 +209,12 @@ def score_split(
     found, seconds = {name: [] for name in by_name}, dict.fromkeys(by_name, 0.0)
     for images, positions, _ in decoded:
         x = datasets.to_model(images, config.device).contiguous(memory_format=torch.channels_last)
-        z = torch.from_numpy(latents["z"][positions]).to(config.device)
+        generated = gan.generator(torch.from_numpy(latents["z"][positions]).to(config.device))
         if x.is_cuda:
-            torch.cuda.synchronize(x.device)  # or the first score would wait for the copy
+            torch.cuda.synchronize(x.device)  # or the first score would wait for what has been started
         for name, score in by_name.items():
             begun = time.monotonic()
-            found[name].append(score(x, z).cpu())
+            found[name].append(score(x, generated).cpu())
             seconds[name] += time.monotonic() - begun
     all_scores = {
         "anomaly_score": runs.fitted_score(latents),
@@ -308,6 +306,8 @@ def main(config: Config) -> None:
     """Check what was asked for, then score, measure and draw in the run folder."""
     util.check_at_least(config, 1, "bootstrap", "batch_size")
     util.check_seed(config.seed)
+    if config.score is not None and config.score not in plots.LABELS:
+        raise util.InputError(f"unknown score {config.score!r}: choose --score from {', '.join(plots.LABELS)}")
     if not 0 < config.quantile < 1:
         raise util.InputError(f"--quantile must lie between 0 and 1, not {config.quantile}")
     device = util.pick_device(config.device)
@@ -347,7 +347,9 @@ def evaluate(config: Config, run_dir: Path, device: torch.device) -> None:
             split.scores["combined"] = scores.combined([split.scores[name] for name in COMBINED], of_validation)
     verdict = config.score or ("combined" if rotnet else "anomaly_score")
     if verdict not in test.scores:
-        raise util.InputError(f"--score {verdict} is not there: choose from {', '.join(test.scores)}")
+        raise util.InputError(
+            f"--score {verdict} needs a script that has not been run on {run_dir}: it has {', '.join(test.scores)}"
+        )
     if test.is_anomaly.all() or not test.is_anomaly.any():
         raise util.InputError(
             f"the fitted test images are all {'anomalous' if test.is_anomaly.all() else 'normal'}, and ROC-AUC needs "
@@ -361,9 +363,9 @@ def evaluate(config: Config, run_dir: Path, device: torch.device) -> None:
         "gan": gan.fingerprint,
         "search": fits["test"]["search"],
         "search_gan_r": references["test"]["search"] if references else None,
-        "encoder": {"epoch": encoder.epoch, "kappa": encoder.kappa} if encoder else None,
-        "acae": {"epoch": acae.epoch} if acae else None,
-        "rotnet": {"epoch": rotnet.epoch} if rotnet else None,
+        "encoder": {"epoch": encoder.epoch, "kappa": encoder.kappa, "file": encoder.fingerprint} if encoder else None,
+        "acae": {"epoch": acae.epoch, "file": acae.fingerprint} if acae else None,
+        "rotnet": {"epoch": rotnet.epoch, "file": rotnet.fingerprint} if rotnet else None,
         "threshold": {
             "score": verdict,
             "quantile": config.quantile,
@@ -408,12 +410,16 @@ def evaluate(config: Config, run_dir: Path, device: torch.device) -> None:
     plots.difference_maps(
         run_dir / "difference_maps.png",
         *real_and_generated(gan, test, rows, config),
-        [[test.class_name[i], f"{score[i]:.4g}", f"p = {p_value[i]:.2f}"] for i in rows],
+        [[test.class_name[i], f"A = {test.scores['anomaly_score'][i]:.0f}", f"p = {p_value[i]:.2f}"] for i in rows],
         pixel_threshold,
-        f"{title}, {plots.LABELS[verdict]}",
+        f"{title}, p of {plots.LABELS[verdict]}",
     )
 
-    score_1000 = {name: round(1000 * spent / len(test.images), 4) for name, spent in test.seconds.items()}
+    score_1000 = {
+        name: round(1000 * spent / len(test.images), 4)
+        for name, spent in test.seconds.items()
+        if name not in OF_THE_SEARCH
+    }
     runs.record_run(run_dir, "evaluate", config, device, time.monotonic() - started, seconds_to_score_1000=score_1000)
     print_table(metrics)
     print(

@@ -28,6 +28,8 @@ from util import InputError
 PARTIAL = ".partial-"  # how the names of half-written files begin
 PER_IMAGE = ("z", "residual", "discrimination", "label", "index", "source")  # arrays of latents-<split>.npz ...
 ABOUT = ("split", "gan", "search", "asked_for")  # ... and what it says about them all
+SIZES = ("image_size", "image_channels", "latent_dim", "ngf", "ndf")  # fields of TrainedGAN that shape the aCAE ...
+ROTNET_SIZES = ("image_size", "image_channels", "ndf")  # ... and RotNet
 BASELINES = ("oc_svm", "kde", "isolation_forest")  # scores in baselines-<split>.npz
 
 
@@ -115,10 +117,6 @@ class TrainedGAN:
     epoch: float  # how many epochs it was trained for
     training_images: str  # how many, and their checksum
     fingerprint: str  # SHA-256 of the file: what was fitted with it names it
-
-    def sizes(self) -> dict[str, int]:
-        """What decides the shapes of its networks, and of those trained beside it."""
-        return {name: getattr(self, name) for name in ("image_size", "image_channels", "latent_dim", "ngf", "ndf")}
 
 
 @contextlib.contextmanager
@@ -227,7 +225,7 @@ def load_acae(run_dir: Path, gan: TrainedGAN, device: torch.device) -> TrainedAu
     """
     path = run_dir / "acae.pt"
     with reading_checkpoint(path, "train_acae.py") as (state, fingerprint):
-        check_belongs(path, state, gan, "train_acae.py")
+        check_belongs(path, state, gan, "train_acae.py", SIZES)
         autoencoder = nn.Sequential(
             Encoder(gan.image_size, gan.image_channels, gan.latent_dim, gan.ndf),
             Generator(gan.image_size, gan.image_channels, gan.latent_dim, gan.ngf),
@@ -255,7 +253,7 @@ def load_rotnet(run_dir: Path, gan: TrainedGAN, device: torch.device) -> Trained
     """
     path = run_dir / "rotnet.pt"
     with reading_checkpoint(path, "train_rotnet.py") as (state, fingerprint):
-        check_belongs(path, state, gan, "train_rotnet.py")
+        check_belongs(path, state, gan, "train_rotnet.py", ROTNET_SIZES)
         rotnet = RotNet(gan.image_size, gan.image_channels, gan.ndf)
         rotnet.load_state_dict(state["rotnet"])
         trained = TrainedRotNet(rotnet, state["epoch"], fingerprint)
@@ -263,10 +261,9 @@ def load_rotnet(run_dir: Path, gan: TrainedGAN, device: torch.device) -> Trained
     return trained
 
 
-def check_belongs(path: Path, state: dict[str, Any], gan: TrainedGAN, script: str) -> None:
-    """Raise InputError if a checkpoint's images or sizes are others than those of gan.pt."""
-    expected = {"training_images": gan.training_images} | gan.sizes()
-    if any(state["config"][name] != value for name, value in expected.items()):
+def check_belongs(path: Path, state: dict[str, Any], gan: TrainedGAN, script: str, sizes: tuple[str, ...]) -> None:
+    """Raise InputError if a checkpoint's images or these sizes are others than those of gan.pt."""
+    if any(state["config"][name] != getattr(gan, name) for name in ("training_images", *sizes)):
         raise InputError(
             f"{path} was trained on other images or with other sizes than gan.pt: run {script} --run-dir "
             f"{path.parent} --fresh, or remove it"

@@ -9,22 +9,26 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, cross_entropy, normalize
+from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, normalize
 
 import runs
 import util
 
-Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of images (N, C, H, W) in [-1, 1] and their z: (N,)
+Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of x and G(z), (N, C, H, W) in [-1, 1] each, to (N,)
+
+
+def contrast(x: torch.Tensor) -> torch.Tensor:
+    """Σ|x - mean of x| over an image's pixels and channels: (N, C, H, W) to (N,)."""
+    return (x - x.mean((1, 2, 3), keepdim=True)).abs().sum((1, 2, 3))
 
 
 def relative_residual(x: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
     """R over the image's own contrast, Σ|x - G(z)| / Σ|x - mean of x|: (N, C, H, W) twice to (N,).
 
-    1 is what a plain grey image would get. The contrast is at least that of one grey level in 8 bits, or a blank image
-    would divide by 0.
+    It is 1 where G(z) is as far from x as x's own mean is. The contrast is at least that of one level in 8 bits, or a
+    blank image would divide by 0.
     """
-    contrast = (x - x.mean((1, 2, 3), keepdim=True)).abs().sum((1, 2, 3))
-    return util.residual_loss(x, generated) / contrast.clamp(min=x[0].numel() * 2 / 255)
+    return util.residual_loss(x, generated) / contrast(x).clamp(min=x[0].numel() * 2 / 255)
 
 
 def dissimilarity(x: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
@@ -51,19 +55,17 @@ def p_d(discriminator: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return discriminator(x).cpu().double().neg().sigmoid()
 
 
-def turned(x: torch.Tensor) -> torch.Tensor:
-    """Images (N, C, H, H) as they are, then all of them turned by 90, by 180 and by 270 degrees: (4 N, C, H, H)."""
-    return torch.cat([x.rot90(turn, (2, 3)) for turn in range(4)]).contiguous(memory_format=torch.channels_last)
-
-
 def rotation(rotnet: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Σ -log p(k | x turned by k) over the four turns k, RotNet's own loss on x: (N, C, H, H) to (N,).
+    """Σ -log p(k | x turned by k) over the four turns k, RotNet's own loss on x: (N, C, H, H) to float64 (N,).
 
     The score of Golan and El-Yaniv 2018 and Hendrycks et al. 2019 with turns as the only transformations.
     """
-    turn = torch.arange(4, device=x.device).repeat_interleave(len(x))
-    losses = cross_entropy(rotnet(turned(x)), turn, reduction="none")  # (4 N,)
-    return losses.view(4, len(x)).sum(0)
+    loss = 0
+    for turn in range(4):
+        images = x.rot90(turn, (2, 3)).contiguous(memory_format=torch.channels_last)
+        # in float64, or a confident network would make ties at 0
+        loss = loss - rotnet(images).cpu().double().log_softmax(1)[:, turn]
+    return loss
 
 
 def directions(rotnet: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -78,18 +80,23 @@ def directions(rotnet: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def neighbours(rotnet: nn.Module, x: torch.Tensor, memory: torch.Tensor, count: int = 5) -> torch.Tensor:
     """Mean cosine distance of x's features to those of the nearest training images: (N, C, H, W) to (N,) in [0, 2].
 
-    `memory` are the training images' `directions` (M, F); `count` of them, or all if there are fewer, are averaged.
+    `memory` are the training images' `directions` (M, F); `count` of them, or all if there are fewer, are averaged. An
+    image that is among them finds itself, at distance 0: on the split `train` this score means little.
     """
     similarity = directions(rotnet, x) @ memory.T  # (N, M)
     return 1 - similarity.topk(min(count, len(memory)), 1).values.mean(1)
 
 
 def combined(parts: list[np.ndarray], of_validation: list[np.ndarray]) -> np.ndarray:
-    """The sum of some scores (N,), each less its mean over validation normals (V,), in their standard deviations."""
-    return sum(
-        (part - normal.mean()) / max(normal.std(), np.finfo(float).tiny)
-        for part, normal in zip(parts, of_validation, strict=True)
-    )
+    """The sum of some scores (N,), each less its mean over validation normals (V,), in their standard deviations.
+
+    A part that is the same for all of them, or of which there is but one, is not scaled.
+    """
+    total = np.zeros(len(parts[0]))
+    for part, normal in zip(parts, of_validation, strict=True):
+        mean, deviation = normal.mean(dtype=np.float64), normal.std(dtype=np.float64)
+        total += (part - mean) / (deviation or 1.0)
+    return total
 
 
 def by_name(
@@ -99,26 +106,26 @@ def by_name(
     rotnet: runs.TrainedRotNet | None,
     memory: torch.Tensor | None,
 ) -> dict[str, Score]:
-    """The scores that are worked out from an image and its z, of those networks that were trained.
+    """The scores that are worked out from x and G(z), of those networks that were trained.
 
     `memory` are the training images' `directions`, if there is a RotNet. The aCAE's score is Σ|x - x̂| over an image's
     pixels, where x̂ is its reconstruction; f-AnoGAN's is A_R + κ A_D, see `util.izi_f_loss`.
     """
     scores = {
-        "relative_residual": lambda x, z: relative_residual(x, gan.generator(z)),
-        "dissimilarity": lambda x, z: dissimilarity(x, gan.generator(z)),
-        "p_d": lambda x, z: p_d(gan.discriminator, x),
+        "relative_residual": relative_residual,
+        "dissimilarity": dissimilarity,
+        "p_d": lambda x, generated: p_d(gan.discriminator, x),
     }
     if encoder is not None:
 
-        def f_anogan(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        def f_anogan(x: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
             residual, discrimination = util.izi_f_loss(encoder.encoder, gan.generator, gan.discriminator, x)
             return residual + encoder.kappa * discrimination
 
         scores["f_anogan"] = f_anogan
     if acae is not None:
-        scores["acae"] = lambda x, z: util.residual_loss(x, acae.autoencoder(x))
+        scores["acae"] = lambda x, generated: util.residual_loss(x, acae.autoencoder(x))
     if rotnet is not None:
-        scores["rotation"] = lambda x, z: rotation(rotnet.rotnet, x)
-        scores["neighbours"] = lambda x, z: neighbours(rotnet.rotnet, x, memory)
+        scores["rotation"] = lambda x, generated: rotation(rotnet.rotnet, x)
+        scores["neighbours"] = lambda x, generated: neighbours(rotnet.rotnet, x, memory)
     return scores

@@ -114,7 +114,8 @@ def train(
     """Train encoder, decoder and D on uint8 images (N, C, H, W) in a run folder."""
     precision = util.pick_precision(config.precision, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    settings = training.weight_settings(config, gan.normal_class, precision, processes, images) | gan.sizes()
+    settings = training.weight_settings(config, gan.normal_class, precision, processes, images)
+    settings |= {name: getattr(gan, name) for name in runs.SIZES}
     torch.manual_seed(config.seed)
     autoencoder = nn.Sequential(
         Encoder(gan.image_size, gan.image_channels, gan.latent_dim, gan.ndf),

@@ -20,7 +20,6 @@ from torch.nn.functional import cross_entropy, pad
 from torch.optim import Adam
 
 import runs
-import scores
 import training
 import util
 from network import RotNet, initialise_weights
@@ -32,9 +31,7 @@ CURVES = {"Cross-entropy with the turn": {"loss": "loss"}, "Share of turns told 
 class Config:
     run_dir: Path | None = None  # the run to use; by default the one trained last
     epochs: int = 45  # passes over the images that the GAN was trained on
-    batch_size: int | None = (
-        None  # images a step, each in four turns, in each process; by default as many as the GAN saw
-    )
+    batch_size: int | None = None  # images a step, each in four turns, in each process; by default as the GAN's
     lr: float = 1e-3  # Adam's step size
     weight_decay: float = 1e-5  # Adam's pull of the weights towards 0
     checkpoint_every: str = "10m"  # minutes (10m) or steps (500) between two writes of rotnet.pt and losses
@@ -67,7 +64,9 @@ def train_step(rotnet: nn.Module, optimizer: Adam, x: torch.Tensor, autocast: to
 
     Returns the cross-entropy with the turn and the share of turns told right, (2,), on the device.
     """
-    images = scores.turned(augmented(x))  # (4 N, C, H, H)
+    x = augmented(x)
+    images = torch.cat([x.rot90(turn, (2, 3)) for turn in range(4)])  # (4 N, C, H, H)
+    images = images.contiguous(memory_format=torch.channels_last)
     turn = torch.arange(4, device=x.device).repeat_interleave(len(x))
     with autocast:
         logits = rotnet(images)
@@ -98,7 +97,8 @@ def train(
     """Train RotNet on uint8 images (N, C, H, W) in a run folder."""
     precision = util.pick_precision(config.precision, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    settings = training.weight_settings(config, gan.normal_class, precision, processes, images) | gan.sizes()
+    settings = training.weight_settings(config, gan.normal_class, precision, processes, images)
+    settings |= {name: getattr(gan, name) for name in runs.ROTNET_SIZES}
     torch.manual_seed(config.seed)
     rotnet = RotNet(gan.image_size, gan.image_channels, gan.ndf).apply(initialise_weights)
     optimizer, scheduler = training.prepare(rotnet, config, device)

@@ -1,4 +1,4 @@
-"""The loop that the three training scripts share: checkpoints, going on from them, signals, several processes."""
+"""The loop that the training scripts share: checkpoints, going on from them, signals, several processes."""
 
 import csv
 import hashlib

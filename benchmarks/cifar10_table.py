@@ -6,7 +6,7 @@
 Runs the scripts as a user does, a run folder for each class and seed, and adds a row a score to
 benchmarks/results/cifar10_table.csv, from which it makes cifar10_table.md. What is in the file already is not run
 again, and what stopped goes on: delete its rows to measure anew. One seeded half of the test split, `development`,
-is for choosing among scores; `roc_auc` is of the other half, for which nothing was chosen.
+is for choosing among scores, which evaluate.py's COMBINED was; `roc_auc` is of the other half, the `report`.
 """
 
 import csv
@@ -49,7 +49,7 @@ class Config:
     seeds: tuple[int, ...] = (0,)  # each a training of its own for every class
     image_size: int = 32  # side in pixels
     ngf: int = 32  # width of the networks, for ndf too
-    epochs: int = 45  # of the GAN; with 15 and 45 the cosine of the step size has just come down
+    epochs: int = 45  # of the GAN; at 15 and 45 the cosine of the step size has just come down
     folder: Path = Path("outputs/table")  # of the run folders
     device: str = fit_latent.Config().device  # cuda, cuda:1, cpu, ...
 
@@ -58,13 +58,21 @@ def run(script: str, run_dir: Path, *flags: object) -> None:
     """Run a script as a user does. Raises InputError if it fails; it has said why."""
     command = [sys.executable, str(Path(__file__).parents[1] / script), "--run-dir", str(run_dir), *map(str, flags)]
     print("$", " ".join(command[1:]), flush=True)
-    if subprocess.run(command).returncode != 0:
-        raise util.InputError(f"{script} failed, see above: mend that, and the same command goes on from there")
+    with subprocess.Popen(command) as process:
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # it got the Ctrl-C too, and is writing its checkpoint
+            raise
+    if process.returncode != 0:
+        raise util.InputError(
+            f"{script} ended with {process.returncode}, see above: the same command goes on from there"
+        )
 
 
 def fit(config: Config, normal_class: str, seed: int) -> Path:
     """All scripts in order for one class and seed; returns the run folder."""
-    run_dir = config.folder / f"{normal_class}-{seed}"
+    run_dir = config.folder / f"{normal_class}-{seed}-{config.image_size}-{config.ngf}-{config.epochs}"
     data = ("--dataset", config.dataset, "--normal-class", normal_class)
     sizes = ("--image-size", config.image_size, "--ngf", config.ngf, "--ndf", config.ngf, "--epochs", config.epochs)
     common = ("--seed", seed, "--device", config.device)
@@ -110,15 +118,20 @@ def write_table(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def to_markdown(rows: list[dict[str, str]]) -> str:
-    """Mean ROC-AUC in percent of each method and class over its seeds, and of all classes with the seeds' deviation."""
+    """Mean ROC-AUC in percent of each method and class over its seeds, and of all classes with the seeds' deviation.
+
+    All rows are of one data set, size and number of epochs.
+    """
     classes = list(dict.fromkeys(row["normal_class"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
     seeds = sorted({row["seed"] for row in rows}, key=int)
     auc = {(row["method"], row["normal_class"], row["seed"]): 100 * float(row["roc_auc"]) for row in rows}
-    profiles = sorted({f"{row['image_size']}x{row['image_size']}, ngf {row['ngf']}" for row in rows})
+    first, hardware = rows[0], sorted({row["hardware"] for row in rows})
     lines = [
-        f"ROC-AUC in percent on the report half ({rows[0]['n_test']} images a class); {rows[0]['dataset']}, "
-        f"{'; '.join(profiles)}, {rows[0]['epochs']} epochs, seeds {', '.join(seeds)}; {rows[0]['hardware']}.",
+        f"ROC-AUC in percent on the report half of the test split ({first['n_test']} images). {first['dataset']}, "
+        f"{first['image_size']}x{first['image_size']}, ngf {first['ngf']}. GAN: {first['epochs']} epochs, one G step; "
+        "RotNet: 45 epochs, both on 80% of a class's training images. "
+        f"Seeds {', '.join(seeds)}; {'; '.join(hardware)}.",
         "",
         "| method | " + " | ".join(classes) + " | mean | seeds |",
         "|---|" + "---|" * (len(classes) + 2),
@@ -141,17 +154,17 @@ def main(config: Config) -> None:
     """Run what is missing, class by class, and make the tables."""
     path = RESULTS / "cifar10_table.csv"
     rows = read_table(path)
-    about = measure.about(torch.device(config.device))
+    if not config.seeds:
+        raise util.InputError("--seeds names no seed")
+    ours = {
+        "dataset": Path(config.dataset).name,
+        "image_size": str(config.image_size),
+        "ngf": str(config.ngf),
+        "epochs": str(config.epochs),
+    }
     for seed in config.seeds:
         for name in datasets.open_dataset(config.dataset, "test").classes:
-            profile = {
-                "normal_class": name,
-                "seed": str(seed),
-                "dataset": Path(config.dataset).name,
-                "image_size": str(config.image_size),
-                "ngf": str(config.ngf),
-                "epochs": str(config.epochs),
-            }
+            profile = ours | {"normal_class": name, "seed": str(seed)}
             if any(all(row[key] == value for key, value in profile.items()) for row in rows):
                 print(f"{name}, seed {seed}: measured before")
                 continue
@@ -159,10 +172,12 @@ def main(config: Config) -> None:
             aucs, n_test = halves(run_dir)
             for method, (report, development) in aucs.items():
                 figures = {"roc_auc": f"{report:.4f}", "roc_auc_development": f"{development:.4f}", "n_test": n_test}
-                where = {"hardware": about["hardware"], "git_commit": about["git_commit"]}
+                hardware = measure.about(torch.device(config.device))["hardware"]
+                commits = sorted({str(of["git_commit"]) for of in runs.read_record(run_dir).values()})
+                where = {"hardware": hardware, "git_commit": " ".join(commits)}
                 rows.append({**profile, "method": method, **figures, **where})
             write_table(path, rows)
-    markdown = to_markdown(read_table(path))
+    markdown = to_markdown([row for row in read_table(path) if all(row[key] == ours[key] for key in ours)])
     with runs.replacing(path.with_suffix(".md")) as partial:
         partial.write_text(markdown, encoding="utf-8")
     print(markdown)

@@ -13,11 +13,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
-from scipy.stats import spearmanr
 
 import datasets
 import plots
 import runs
+import scores
 import util
 from benchmarks import measure
 
@@ -31,22 +31,24 @@ class Config:
 
 def main(config: Config) -> None:
     """Read the scores, measure the contrast of the same images, draw."""
+    util.check_at_least(config, 1, "each")
+    util.check_seed(config.seed)
     run_dir = runs.find_run(config.run_dir)
     gan = runs.load_gan(run_dir, torch.device("cpu"))
     rows, is_anomaly = measure.test_rows(run_dir)
     if "combined" not in rows[0]:
         raise util.InputError(f"{run_dir}/scores.csv has no combined score: run train_rotnet.py, then evaluate.py")
     images = datasets.open_split(gan.dataset, "test", gan.normal_class)
-    images = images.take(np.isin(images.source, [row["source"] for row in rows]))
+    images = images.take(np.isin(images.index, [int(row["index"]) for row in rows]))
     pixels, _ = datasets.load_images(images, gan.image_size, gan.image_channels)
-    x = datasets.to_model(pixels)
-    contrast = (x - x.mean((1, 2, 3), keepdim=True)).abs().sum((1, 2, 3)).numpy()
+    contrast = scores.contrast(datasets.to_model(pixels)).numpy()
     rng = np.random.default_rng(config.seed)
     kinds = {"normal": (~is_anomaly, "tab:green"), "anomalous": (is_anomaly, "tab:red")}
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for axes, name in zip(panels, ("anomaly_score", "combined"), strict=True):
         score = np.array([float(row[name]) for row in rows])
-        correlation = spearmanr(contrast, score).statistic
+        ranks = [values.argsort().argsort() for values in (contrast, score)]
+        correlation = np.corrcoef(*ranks)[0, 1]  # Spearman's
         print(f"{name}: rank correlation with contrast {correlation:.2f}")
         for kind, (mask, colour) in kinds.items():
             shown = rng.permutation(np.flatnonzero(mask))[: config.each]
@@ -56,8 +58,7 @@ def main(config: Config) -> None:
         axes.legend()
         axes.grid(alpha=0.3)
     figure.suptitle(f"{run_dir.name}: test images, {gan.normal_class} is normal")
-    with runs.replacing(Path(__file__).parents[1] / "docs/contrast.png") as partial:
-        figure.savefig(partial, dpi=100)
+    plots.save(figure, Path(__file__).parents[1] / "docs/contrast.png")
 
 
 if __name__ == "__main__":

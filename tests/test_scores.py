@@ -1,6 +1,9 @@
 """Each score against a value worked out by hand, on images made for it."""
 
 import copy
+import dataclasses
+import importlib
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,27 +52,20 @@ def test_dissimilarity_by_hand() -> None:
     assert (scores.dissimilarity(x, x + noise) < scores.dissimilarity(x, -x)).all()
 
 
-def test_turned() -> None:
-    x = torch.arange(8.0).view(2, 1, 2, 2)  # [[0, 1], [2, 3]] and [[4, 5], [6, 7]]
-    images = scores.turned(x)
-    assert images.shape == (8, 1, 2, 2)
-    assert images[[0, 2, 4, 6], 0].flatten(1).tolist() == [[0, 1, 2, 3], [1, 3, 0, 2], [3, 2, 1, 0], [2, 0, 3, 1]]
-    assert torch.equal(images[1], x[1])
-
-
 def test_rotation_by_hand() -> None:
     """A network that always says the same is wrong in a known way; one that knows the turn scores near 0."""
     probability = torch.tensor([0.1, 0.2, 0.3, 0.4])
     same = scores.rotation(lambda images: probability.log().expand(len(images), 4), torch.rand(3, 1, 4, 4))
-    torch.testing.assert_close(same, torch.full((3,), -probability.log().sum().item()))
+    torch.testing.assert_close(same, torch.full((3,), -probability.double().log().sum().item()).double())
 
     def knows(images: torch.Tensor) -> torch.Tensor:  # which of the corners is white
         corners = images[:, 0, [0, -1, -1, 0], [0, 0, -1, -1]]  # a turn moves it from one to the next
-        return 100 * corners
+        return 30 * corners
 
     white = torch.zeros(2, 1, 4, 4)
     white[:, :, 0, 0] = 1
     assert scores.rotation(knows, white).tolist() == pytest.approx([0, 0], abs=1e-3)
+    assert (scores.rotation(knows, white) > 0).all()  # 4 e^-30, which float32 would round to 0: a tie
     assert (scores.rotation(knows, white.flip(2)) > 100).all()  # an image that stands upside down
 
 
@@ -87,14 +83,19 @@ def test_neighbours_by_hand() -> None:
 def test_combined_by_hand() -> None:
     parts, normal = [np.array([3.0, 0.0]), np.array([10.0, 40.0])], [np.array([0.0, 2.0]), np.array([10.0, 30.0])]
     np.testing.assert_allclose(scores.combined(parts, normal), [(3 - 1) / 1 + (10 - 20) / 10, -1 + 2])
-    assert np.isfinite(scores.combined([np.ones(2)], [np.ones(3)])).all()  # a part that is the same for all
+    # a part that is the same for all validation normals, or for the only one there is
+    assert scores.combined([np.float32([12, 1])], [np.float32([3])]).tolist() == [9, -2]
+    assert scores.combined([np.float32([12, 1])], [np.float32([3, 3])]).tolist() == [9, -2]
 
 
 def test_augmented_images_are_mirrored_and_moved() -> None:
     torch.manual_seed(0)
     columns = torch.arange(32.0).expand(200, 1, 32, 32)
-    images = train_rotnet.augmented(columns)
-    assert images.shape == columns.shape
+    both = train_rotnet.augmented(torch.cat([columns, columns.mT], 1))  # a ramp across, and one down
+    assert both.shape == (200, 2, 32, 32)
+    images, down = both[:, :1], both[:, 1:]
+    assert torch.equal(down, down[..., :1].expand_as(down)) and (down[:, 0, 17] - down[:, 0, 16] == 1).all()
+    assert len(down[:, 0, 16, 0].unique()) == 7 and (down[:, 0, 16, 0] - 16).abs().max() == 3
     middle = images[:, 0, 16, 16]
     steps = images[:, 0, 16, 17] - middle
     assert 60 < (steps == -1).sum() < 140 and (steps.abs() == 1).all()  # about half are mirrored
@@ -173,4 +174,26 @@ def test_the_verdict_may_rest_on_any_score(
         for row in rows:
             assert float(row["p_value"]) == pytest.approx((validation >= float(row[score])).mean(), abs=1e-6)
             assert row["flagged"] == str(int(float(row[score]) > np.quantile(validation, 0.95)))
-    assert "--score kdee is not there: choose from anomaly_score, " in fails("evaluate.py", "--score", "kdee")
+    assert "unknown score 'kdee': choose --score from anomaly_score, " in fails("evaluate.py", "--score", "kdee")
+    (trained / "rotnet.pt").unlink()
+    message = fails("evaluate.py", "--device", "cpu", "--score", "combined")
+    assert "--score combined needs a script that has not been run" in message
+
+
+def test_a_rotnet_of_other_images_is_refused(trained: Path, fails: Callable[..., str]) -> None:
+    state = torch.load(trained / "rotnet.pt", weights_only=True)
+    state["config"]["training_images"] = "99 with checksum 0"
+    torch.save(state, trained / "rotnet.pt")
+    for script in ("evaluate.py", "train_rotnet.py"):
+        assert "rotnet.pt was trained on other images or with other sizes than gan.pt" in fails(script)
+
+
+@pytest.mark.parametrize(
+    "script", ["train_gan", "train_encoder", "train_acae", "train_rotnet", "fit_latent", "evaluate"]
+)
+def test_every_flag_has_help(script: str) -> None:
+    """A comment that ruff has wrapped is none to tyro."""
+    config = importlib.import_module(script).Config
+    for field in dataclasses.fields(config):
+        line = next(line for line in inspect.getsource(config).splitlines() if line.startswith(f"    {field.name}:"))
+        assert "  # " in line, f"--{field.name} of {script}.py"

@@ -30,6 +30,11 @@ def test_halves(digits_workdir: Path) -> None:
         assert auc == pytest.approx(roc_auc_score(label[half] != 0, score[half]))
 
 
+def test_the_half_for_choosing_is_the_same_everywhere() -> None:
+    rows = stratified_subset(np.repeat(np.arange(10), 1000), 5000, seed=0)
+    assert rows[[0, 1, 2, -3, -2, -1]].tolist() == [1, 4, 5, 9990, 9991, 9995]
+
+
 def test_markdown_by_hand() -> None:
     about = {"dataset": "set", "image_size": "32", "ngf": "8", "epochs": "1", "hardware": "here", "n_test": "5"}
     rows = [
@@ -59,7 +64,7 @@ def test_every_class_is_measured_once(
     config = cifar10_table.Config(dataset="set", ngf=2, epochs=1, device="cpu")
     cifar10_table.main(config)
     scripts = ("train_gan.py", "train_rotnet.py", "fit_baselines.py", "fit_latent.py", "evaluate.py")
-    assert ran == [(script, f"{name}-0") for name in "ab" for script in scripts]
+    assert ran == [(script, f"{name}-0-32-2-1") for name in "ab" for script in scripts]
     with (tmp_path / "cifar10_table.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {(row["normal_class"], row["seed"]) for row in rows} == {("a", "0"), ("b", "0")}
@@ -70,9 +75,19 @@ def test_every_class_is_measured_once(
     before = (tmp_path / "cifar10_table.csv").read_bytes()
     cifar10_table.main(config)
     assert len(ran) == 10 and (tmp_path / "cifar10_table.csv").read_bytes() == before
+    aucs, _ = cifar10_table.halves(tmp_path / "outputs/table/b-0-32-2-1")
+    of_kde = next(row for row in rows if (row["normal_class"], row["method"]) == ("b", "kde"))
+    assert [float(of_kde["roc_auc"]), float(of_kde["roc_auc_development"])] == pytest.approx(aucs["kde"], abs=1e-4)
+
+    # the class that is missing is run, the other is not; rows of another profile stay out of the Markdown
+    other = [{**row, "epochs": "2", "method": "foreign"} for row in rows]
+    cifar10_table.write_table(tmp_path / "cifar10_table.csv", [r for r in rows if r["normal_class"] == "a"] + other)
+    cifar10_table.main(config)
+    assert ran[10:] == [(script, "b-0-32-2-1") for script in scripts]
+    assert "foreign" not in (tmp_path / "cifar10_table.md").read_text()
 
 
 def test_a_script_that_fails_ends_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(util.InputError, match=r"train_gan.py failed, see above"):
+    with pytest.raises(util.InputError, match=r"train_gan.py ended with 1, see above"):
         cifar10_table.run("train_gan.py", tmp_path / "run", "--epochs", "0")
