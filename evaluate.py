@@ -2,6 +2,7 @@
 
     python evaluate.py                                        # the run trained last
     python evaluate.py --run-dir outputs/cifar10-automobile --quantile 0.99
+    python evaluate.py --score anomaly_score                  # p_value and flagged by the paper's score
 
 Writes scores.csv, metrics.json and five pictures to the run folder. A high score means anomalous, for every score.
 """
@@ -32,7 +33,7 @@ OF_THE_SEARCH = ("relative_residual", "dissimilarity")  # scores that need G(z)
 @dataclass
 class Config:
     run_dir: Path | None = None  # the run to use; by default the one trained last
-    score: str | None = None  # of threshold, p_value and flagged; by default combined if it is there, or anomaly_score
+    score: str | None = None  # what threshold and flags rest on; by default combined if it is there, or anomaly_score
     quantile: float = 0.95  # share of the validation normals that the threshold leaves unflagged
     bootstrap: int = 1000  # resamples behind each 95% interval
     batch_size: int = 256  # images that go through the networks at once
