@@ -110,8 +110,9 @@ def main(config: Config) -> None:
         axes.grid(alpha=0.3)
         seconds = seconds_of(record)
         results[title] = {
-            "commits": {script: each["git_commit"] for script, each in record.items()},
-            "training": record["train_gan"]["hyperparameters"],
+            "commits": {script: record[script]["git_commit"] for script in SCRIPTS},
+            # where the run folder stood says nothing about the figures
+            "training": {k: v for k, v in record["train_gan"]["hyperparameters"].items() if k != "run_dir"},
             "scores": {
                 name: {key: metrics["test"][name][key] for key in ("roc_auc", "roc_auc_95_interval")}
                 | {f"seconds_to_{key}_1000": round(value, 4) for key, value in seconds[name].items()}
