@@ -178,7 +178,7 @@ def fitted_images(gan: runs.TrainedGAN, split: str, latents: dict) -> datasets.I
 
 
 @torch.no_grad()
-def remember_training(gan: runs.TrainedGAN, rotnet: runs.TrainedRotNet, config: Config) -> torch.Tensor:
+def remember_training(gan: runs.TrainedGAN, rotnet: runs.TrainedBeside, config: Config) -> torch.Tensor:
     """RotNet's features of MEMORY training images, evenly spaced if there are more, for `scores.neighbours`: (M, F).
 
     Raises InputError if the training images have changed since.
@@ -186,7 +186,7 @@ def remember_training(gan: runs.TrainedGAN, rotnet: runs.TrainedRotNet, config: 
     images = training.images_of_gan(gan, skip_unreadable=True, processes=1)
     rows = np.unique(np.linspace(0, len(images) - 1, MEMORY).round().astype(np.int64))
     batches = [images[rows[part]] for part in datasets.chunks(range(len(rows)), config.batch_size)]
-    return torch.cat([scores.directions(rotnet.rotnet, datasets.to_model(batch, config.device)) for batch in batches])
+    return torch.cat([scores.directions(rotnet.network, datasets.to_model(batch, config.device)) for batch in batches])
 
 
 @torch.no_grad()

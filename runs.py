@@ -210,64 +210,54 @@ def load_encoder(run_dir: Path, gan: TrainedGAN, device: torch.device) -> Traine
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainedAutoencoder:
-    """What acae.pt holds for the aCAE's score."""
+class TrainedBeside:
+    """What acae.pt or rotnet.pt holds for the scores of its network."""
 
-    autoencoder: nn.Sequential  # images in [-1, 1] to their reconstructions; both halves as `freeze` leaves them
+    network: nn.Module  # as `freeze` leaves it
     epoch: float
     fingerprint: str  # SHA-256 of the file
 
 
-def load_acae(run_dir: Path, gan: TrainedGAN, device: torch.device) -> TrainedAutoencoder:
-    """The aCAE of `run_dir`/acae.pt, frozen.
+def build_acae(gan: TrainedGAN) -> nn.Sequential:
+    """E and a decoder like G, of the GAN's sizes: images in [-1, 1] to their reconstructions."""
+    return nn.Sequential(
+        Encoder(gan.image_size, gan.image_channels, gan.latent_dim, gan.ndf),
+        Generator(gan.image_size, gan.image_channels, gan.latent_dim, gan.ngf),
+    )
 
-    Raises InputError if its images or sizes are others than those of gan.pt, or as `reading_checkpoint` does.
-    """
-    path = run_dir / "acae.pt"
-    with reading_checkpoint(path, "train_acae.py") as (state, fingerprint):
-        check_belongs(path, state, gan, "train_acae.py", SIZES)
-        autoencoder = nn.Sequential(
-            Encoder(gan.image_size, gan.image_channels, gan.latent_dim, gan.ndf),
-            Generator(gan.image_size, gan.image_channels, gan.latent_dim, gan.ngf),
-        )
-        autoencoder.load_state_dict(state["autoencoder"])
-        trained = TrainedAutoencoder(autoencoder, state["epoch"], fingerprint)
-    for network in autoencoder:
-        freeze(network, device)
+
+def load_acae(run_dir: Path, gan: TrainedGAN, device: torch.device) -> TrainedBeside:
+    """The aCAE of `run_dir`/acae.pt, frozen. Raises InputError, see `_load_beside`."""
+    trained = _load_beside(run_dir / "acae.pt", "train_acae.py", "autoencoder", build_acae(gan), SIZES, gan)
+    for half in trained.network:
+        freeze(half, device)
     return trained
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainedRotNet:
-    """What rotnet.pt holds for the scores of its network."""
-
-    rotnet: RotNet  # as `freeze` leaves it
-    epoch: float
-    fingerprint: str  # SHA-256 of the file
-
-
-def load_rotnet(run_dir: Path, gan: TrainedGAN, device: torch.device) -> TrainedRotNet:
-    """RotNet of `run_dir`/rotnet.pt, frozen.
-
-    Raises InputError if its images or sizes are others than those of gan.pt, or as `reading_checkpoint` does.
-    """
-    path = run_dir / "rotnet.pt"
-    with reading_checkpoint(path, "train_rotnet.py") as (state, fingerprint):
-        check_belongs(path, state, gan, "train_rotnet.py", ROTNET_SIZES)
-        rotnet = RotNet(gan.image_size, gan.image_channels, gan.ndf)
-        rotnet.load_state_dict(state["rotnet"])
-        trained = TrainedRotNet(rotnet, state["epoch"], fingerprint)
+def load_rotnet(run_dir: Path, gan: TrainedGAN, device: torch.device) -> TrainedBeside:
+    """RotNet of `run_dir`/rotnet.pt, frozen. Raises InputError, see `_load_beside`."""
+    rotnet = RotNet(gan.image_size, gan.image_channels, gan.ndf)
+    trained = _load_beside(run_dir / "rotnet.pt", "train_rotnet.py", "rotnet", rotnet, ROTNET_SIZES, gan)
     freeze(rotnet, device)
     return trained
 
 
-def check_belongs(path: Path, state: dict[str, Any], gan: TrainedGAN, script: str, sizes: tuple[str, ...]) -> None:
-    """Raise InputError if a checkpoint's images or these sizes are others than those of gan.pt."""
-    if any(state["config"][name] != getattr(gan, name) for name in ("training_images", *sizes)):
-        raise InputError(
-            f"{path} was trained on other images or with other sizes than gan.pt: run {script} --run-dir "
-            f"{path.parent} --fresh, or remove it"
-        )
+def _load_beside(
+    path: Path, script: str, name: str, network: nn.Module, sizes: tuple[str, ...], gan: TrainedGAN
+) -> TrainedBeside:
+    """Fill a network with what `script` wrote under `name`.
+
+    Raises InputError if its images, or these of its sizes, are others than those of gan.pt, or as `reading_checkpoint`
+    does.
+    """
+    with reading_checkpoint(path, script) as (state, fingerprint):
+        if any(state["config"][field] != getattr(gan, field) for field in ("training_images", *sizes)):
+            raise InputError(
+                f"{path} was trained on other images or with other sizes than gan.pt: run {script} --run-dir "
+                f"{path.parent} --fresh, or remove it"
+            )
+        network.load_state_dict(state[name])
+        return TrainedBeside(network, state["epoch"], fingerprint)
 
 
 def latents_path(run_dir: Path, split: str, discrimination: str = "features") -> Path:

@@ -102,8 +102,8 @@ def combined(parts: list[np.ndarray], of_validation: list[np.ndarray]) -> np.nda
 def by_name(
     gan: runs.TrainedGAN,
     encoder: runs.TrainedEncoder | None,
-    acae: runs.TrainedAutoencoder | None,
-    rotnet: runs.TrainedRotNet | None,
+    acae: runs.TrainedBeside | None,
+    rotnet: runs.TrainedBeside | None,
     memory: torch.Tensor | None,
 ) -> dict[str, Score]:
     """The scores that are worked out from x and G(z), of those networks that were trained.
@@ -124,8 +124,8 @@ def by_name(
 
         scores["f_anogan"] = f_anogan
     if acae is not None:
-        scores["acae"] = lambda x, generated: util.residual_loss(x, acae.autoencoder(x))
+        scores["acae"] = lambda x, generated: util.residual_loss(x, acae.network(x))
     if rotnet is not None:
-        scores["rotation"] = lambda x, generated: rotation(rotnet.rotnet, x)
-        scores["neighbours"] = lambda x, generated: neighbours(rotnet.rotnet, x, memory)
+        scores["rotation"] = lambda x, generated: rotation(rotnet.network, x)
+        scores["neighbours"] = lambda x, generated: neighbours(rotnet.network, x, memory)
     return scores

@@ -22,7 +22,7 @@ import datasets
 import runs
 import training
 import util
-from network import Discriminator, Encoder, Generator, initialise_weights
+from network import Discriminator, initialise_weights
 
 CURVES = {
     "Reconstruction: mean distance of a pixel": {"l1": "L1"},
@@ -94,56 +94,36 @@ def train_step(
 
 
 def main(config: Config) -> None:
-    """Check what was asked for, read the GAN's images, and train the aCAE in the run folder."""
-    training.check_config(config)
+    """Check what was asked for, read the GAN's images, and train encoder, decoder and D in the run folder."""
     util.check_at_least(config, 0, "l1_weight")
-    device = util.pick_device(config.device)
-    run_dir = runs.find_run(config.run_dir)
-    with util.processes(device) as (_, processes), runs.run_folder(run_dir):
-        gan = runs.load_gan(run_dir, torch.device("cpu"))
-        config = training.as_the_gan(config, gan)
-        if (run_dir / "acae.pt").exists() and not config.fresh:
-            runs.load_acae(run_dir, gan, torch.device("cpu"))  # refuses one of other images or sizes
-        images = training.images_of_gan(gan, config.skip_unreadable, processes)
-        train(config, gan, images, run_dir, device, processes)
-
-
-def train(
-    config: Config, gan: runs.TrainedGAN, images: torch.Tensor, run_dir: Path, device: torch.device, processes: int
-) -> None:
-    """Train encoder, decoder and D on uint8 images (N, C, H, W) in a run folder."""
-    precision = util.pick_precision(config.precision, device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    settings = training.weight_settings(config, gan.normal_class, precision, processes, images)
-    settings |= {name: getattr(gan, name) for name in runs.SIZES}
-    torch.manual_seed(config.seed)
-    autoencoder = nn.Sequential(
-        Encoder(gan.image_size, gan.image_channels, gan.latent_dim, gan.ndf),
-        Generator(gan.image_size, gan.image_channels, gan.latent_dim, gan.ngf),
-    ).apply(initialise_weights)
-    discriminator = Discriminator(gan.image_size, gan.image_channels, gan.ndf).apply(initialise_weights)
-    optimizer_a, scheduler_a = training.prepare(autoencoder, config, device)
-    optimizer_d, scheduler_d = training.prepare(discriminator, config, device)
-    shown = datasets.to_model(images[:64], device)
-    training.train(
-        "train_acae",
-        config,
-        run_dir / "acae.pt",
-        images.to(device),
-        settings,
-        parts={
-            "autoencoder": autoencoder,
-            "discriminator": discriminator,
-            "optimizer_a": optimizer_a,
-            "optimizer_d": optimizer_d,
-            "scheduler_a": scheduler_a,
-            "scheduler_d": scheduler_d,
-        },
-        train_step=lambda networks, x: train_step(*networks, optimizer_a, optimizer_d, x, config.l1_weight, autocast),
-        curves=CURVES,
-        draw_samples=lambda: training.draw(autoencoder, lambda: autoencoder(shown)),
-    )
-    print(f"next: python evaluate.py --run-dir {run_dir}")
+    with training.beside_gan(config, "acae", runs.load_acae) as start:
+        gan, config = start.gan, start.config
+        autoencoder = runs.build_acae(gan).apply(initialise_weights)
+        discriminator = Discriminator(gan.image_size, gan.image_channels, gan.ndf).apply(initialise_weights)
+        optimizer_a, scheduler_a = training.prepare(autoencoder, config, start.images.device)
+        optimizer_d, scheduler_d = training.prepare(discriminator, config, start.images.device)
+        shown = datasets.to_model(start.images[:64])
+        training.train(
+            "train_acae",
+            config,
+            start.path,
+            start.images,
+            start.settings | {name: getattr(gan, name) for name in runs.SIZES},
+            parts={
+                "autoencoder": autoencoder,
+                "discriminator": discriminator,
+                "optimizer_a": optimizer_a,
+                "optimizer_d": optimizer_d,
+                "scheduler_a": scheduler_a,
+                "scheduler_d": scheduler_d,
+            },
+            train_step=lambda networks, x: train_step(
+                *networks, optimizer_a, optimizer_d, x, config.l1_weight, start.autocast
+            ),
+            curves=CURVES,
+            draw_samples=lambda: training.draw(autoencoder, lambda: autoencoder(shown)),
+        )
+        print(f"next: python evaluate.py --run-dir {start.path.parent}")
 
 
 if __name__ == "__main__":

@@ -61,43 +61,24 @@ def train_step(
 
 def main(config: Config) -> None:
     """Check what was asked for, read the GAN and its images, and train E in the run folder."""
-    training.check_config(config)
     util.check_at_least(config, 0, "kappa")
-    device = util.pick_device(config.device)
-    run_dir = runs.find_run(config.run_dir)
-    with util.processes(device) as (_, processes), runs.run_folder(run_dir):
-        gan = runs.load_gan(run_dir, device)
-        config = training.as_the_gan(config, gan)
-        if (run_dir / "encoder.pt").exists() and not config.fresh:
-            runs.load_encoder(run_dir, gan, device)  # refuses one that belongs to another gan.pt
-        images = training.images_of_gan(gan, config.skip_unreadable, processes)
-        train(config, gan, images, run_dir, device, processes)
-
-
-def train(
-    config: Config, gan: runs.TrainedGAN, images: torch.Tensor, run_dir: Path, device: torch.device, processes: int
-) -> None:
-    """Train E on uint8 images (N, C, H, W) in a run folder."""
-    precision = util.pick_precision(config.precision, device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    settings = training.weight_settings(config, gan.normal_class, precision, processes, images)
-    settings["gan"] = gan.fingerprint
-    torch.manual_seed(config.seed)
-    encoder = Encoder(gan.image_size, gan.image_channels, gan.latent_dim, gan.ndf).apply(initialise_weights)
-    optimizer, scheduler = training.prepare(encoder, config, device)
-    shown = datasets.to_model(images[:64], device)
-    training.train(
-        "train_encoder",
-        config,
-        run_dir / "encoder.pt",
-        images.to(device),
-        settings,
-        parts={"encoder": encoder, "optimizer": optimizer, "scheduler": scheduler},
-        train_step=lambda networks, x: train_step(*networks, optimizer, gan, x, config.kappa, autocast),
-        curves=CURVES,
-        draw_samples=lambda: training.draw(encoder, lambda: gan.generator(encoder(shown))),
-    )
-    print(f"next: python evaluate.py --run-dir {run_dir}, or fit_latent.py --init encoder")
+    with training.beside_gan(config, "encoder", runs.load_encoder) as start:
+        gan, config = start.gan, start.config
+        encoder = Encoder(gan.image_size, gan.image_channels, gan.latent_dim, gan.ndf).apply(initialise_weights)
+        optimizer, scheduler = training.prepare(encoder, config, start.images.device)
+        shown = datasets.to_model(start.images[:64])
+        training.train(
+            "train_encoder",
+            config,
+            start.path,
+            start.images,
+            start.settings | {"gan": gan.fingerprint},
+            parts={"encoder": encoder, "optimizer": optimizer, "scheduler": scheduler},
+            train_step=lambda networks, x: train_step(*networks, optimizer, gan, x, config.kappa, start.autocast),
+            curves=CURVES,
+            draw_samples=lambda: training.draw(encoder, lambda: gan.generator(encoder(shown))),
+        )
+        print(f"next: python evaluate.py --run-dir {start.path.parent}, or fit_latent.py --init encoder")
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def train(
     channels = images.shape[1]
     precision = util.pick_precision(config.precision, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    settings = training.weight_settings(config, normal_class, precision, processes, images)
+    settings = training.weight_settings(config, normal_class, precision, processes, training.checksum(images))
 
     # Networks
     torch.manual_seed(config.seed)

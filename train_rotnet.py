@@ -79,40 +79,21 @@ def train_step(rotnet: nn.Module, optimizer: Adam, x: torch.Tensor, autocast: to
 
 def main(config: Config) -> None:
     """Check what was asked for, read the GAN's images, and train RotNet in the run folder."""
-    training.check_config(config)
-    device = util.pick_device(config.device)
-    run_dir = runs.find_run(config.run_dir)
-    with util.processes(device) as (_, processes), runs.run_folder(run_dir):
-        gan = runs.load_gan(run_dir, torch.device("cpu"))
-        config = training.as_the_gan(config, gan)
-        if (run_dir / "rotnet.pt").exists() and not config.fresh:
-            runs.load_rotnet(run_dir, gan, torch.device("cpu"))  # refuses one of other images or sizes
-        images = training.images_of_gan(gan, config.skip_unreadable, processes)
-        train(config, gan, images, run_dir, device, processes)
-
-
-def train(
-    config: Config, gan: runs.TrainedGAN, images: torch.Tensor, run_dir: Path, device: torch.device, processes: int
-) -> None:
-    """Train RotNet on uint8 images (N, C, H, W) in a run folder."""
-    precision = util.pick_precision(config.precision, device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    settings = training.weight_settings(config, gan.normal_class, precision, processes, images)
-    settings |= {name: getattr(gan, name) for name in runs.ROTNET_SIZES}
-    torch.manual_seed(config.seed)
-    rotnet = RotNet(gan.image_size, gan.image_channels, gan.ndf).apply(initialise_weights)
-    optimizer, scheduler = training.prepare(rotnet, config, device)
-    training.train(
-        "train_rotnet",
-        config,
-        run_dir / "rotnet.pt",
-        images.to(device),
-        settings,
-        parts={"rotnet": rotnet, "optimizer": optimizer, "scheduler": scheduler},
-        train_step=lambda networks, x: train_step(*networks, optimizer, x, autocast),
-        curves=CURVES,
-    )
-    print(f"next: python evaluate.py --run-dir {run_dir}")
+    with training.beside_gan(config, "rotnet", runs.load_rotnet) as start:
+        gan, config = start.gan, start.config
+        rotnet = RotNet(gan.image_size, gan.image_channels, gan.ndf).apply(initialise_weights)
+        optimizer, scheduler = training.prepare(rotnet, config, start.images.device)
+        training.train(
+            "train_rotnet",
+            config,
+            start.path,
+            start.images,
+            start.settings | {name: getattr(gan, name) for name in runs.ROTNET_SIZES},
+            parts={"rotnet": rotnet, "optimizer": optimizer, "scheduler": scheduler},
+            train_step=lambda networks, x: train_step(*networks, optimizer, x, start.autocast),
+            curves=CURVES,
+        )
+        print(f"next: python evaluate.py --run-dir {start.path.parent}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The loop that the training scripts share: checkpoints, going on from them, signals, several processes."""
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -10,7 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -69,21 +70,54 @@ def images_of_gan(gan: runs.TrainedGAN, skip_unreadable: bool, processes: int) -
     """The images that gan.pt was trained on, uint8 (N, C, H, W). Raises InputError if they have changed since."""
     images = datasets.open_split(gan.dataset, "train", gan.normal_class)
     pixels = load_training_images(images, gan.image_size, gan.image_channels, skip_unreadable, processes)
-    if checksum(pixels) != gan.training_images:
+    if (found := checksum(pixels)) != gan.training_images:
         raise util.InputError(
-            f"the training images of {gan.dataset} are not those of gan.pt ({checksum(pixels)}, not "
+            f"the training images of {gan.dataset} are not those of gan.pt ({found}, not "
             f"{gan.training_images}): put those back, or start over with train_gan.py --fresh"
         )
     return pixels
 
 
-def as_the_gan(config: Any, gan: runs.TrainedGAN) -> Any:
-    """The config with the GAN's own epochs and batch size where it leaves them open."""
-    return replace(
-        config,
-        epochs=math.ceil(gan.epoch) if config.epochs is None else config.epochs,
-        batch_size=gan.batch_size if config.batch_size is None else config.batch_size,
-    )
+@dataclass(frozen=True)
+class BesideGAN:
+    """What a network that is trained beside a GAN starts from."""
+
+    gan: runs.TrainedGAN
+    config: Any  # the script's, with the GAN's own epochs and batch size where it left them open
+    path: Path  # of its checkpoint
+    images: torch.Tensor  # uint8 (N, C, H, W) on the device, those that the GAN was trained on
+    settings: dict[str, Any]  # see `weight_settings`
+    autocast: torch.autocast
+
+
+@contextlib.contextmanager
+def beside_gan(
+    config: Any, name: str, load: Callable[[Path, runs.TrainedGAN, torch.device], object]
+) -> Iterator[BesideGAN]:
+    """Hold the run folder, read its GAN and the GAN's images, and seed the first weights of what `name`.pt will hold.
+
+    `load` reads a checkpoint that is there already, and refuses one that does not belong to this GAN. Raises InputError
+    for a value of the config that cannot be used, or as `runs.find_run`, `load` and `images_of_gan` do.
+    """
+    check_config(config)
+    device = util.pick_device(config.device)
+    run_dir = runs.find_run(config.run_dir)
+    with util.processes(device) as (_, processes), runs.run_folder(run_dir):
+        gan = runs.load_gan(run_dir, device)
+        config = replace(
+            config,
+            epochs=math.ceil(gan.epoch) if config.epochs is None else config.epochs,
+            batch_size=gan.batch_size if config.batch_size is None else config.batch_size,
+        )
+        path = run_dir / f"{name}.pt"
+        if path.exists() and not config.fresh:
+            load(run_dir, gan, device)
+        images = images_of_gan(gan, config.skip_unreadable, processes)
+        precision = util.pick_precision(config.precision, device)
+        settings = weight_settings(config, gan.normal_class, precision, processes, gan.training_images)
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+        torch.manual_seed(config.seed)
+        yield BesideGAN(gan, config, path, images.to(device), settings, autocast)
 
 
 def checksum(images: torch.Tensor) -> str:
@@ -92,15 +126,15 @@ def checksum(images: torch.Tensor) -> str:
 
 
 def weight_settings(
-    config: Any, normal_class: str, precision: str, processes: int, images: torch.Tensor
+    config: Any, normal_class: str, precision: str, processes: int, training_images: str
 ) -> dict[str, object]:
-    """All that decides what the weights become, hardware aside; uint8 images (N, C, H, W) by number and checksum."""
+    """All that decides what the weights become, hardware aside; the images by their `checksum`."""
     elsewhere = ("device", "compile", "checkpoint_every", "fresh", "run_dir", "skip_unreadable")
     return {name: value for name, value in asdict(config).items() if name not in elsewhere} | {
         "normal_class": normal_class,
         "precision": precision,
         "processes": processes,
-        "training_images": checksum(images),
+        "training_images": training_images,
     }
 
 

@@ -170,14 +170,14 @@ def main(config: Config) -> None:
                 continue
             run_dir = fit(config, name, seed)
             aucs, n_test = halves(run_dir)
+            hardware = measure.about(torch.device(config.device))["hardware"]
+            commits = sorted({str(of["git_commit"]) for of in runs.read_record(run_dir).values()})
+            where = {"n_test": n_test, "hardware": hardware, "git_commit": " ".join(commits)}
             for method, (report, development) in aucs.items():
-                figures = {"roc_auc": f"{report:.4f}", "roc_auc_development": f"{development:.4f}", "n_test": n_test}
-                hardware = measure.about(torch.device(config.device))["hardware"]
-                commits = sorted({str(of["git_commit"]) for of in runs.read_record(run_dir).values()})
-                where = {"hardware": hardware, "git_commit": " ".join(commits)}
+                figures = {"roc_auc": f"{report:.4f}", "roc_auc_development": f"{development:.4f}"}
                 rows.append({**profile, "method": method, **figures, **where})
             write_table(path, rows)
-    markdown = to_markdown([row for row in read_table(path) if all(row[key] == ours[key] for key in ours)])
+    markdown = to_markdown([row for row in rows if all(row[key] == ours[key] for key in ours)])
     with runs.replacing(path.with_suffix(".md")) as partial:
         partial.write_text(markdown, encoding="utf-8")
     print(markdown)
