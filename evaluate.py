@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import tyro
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+from torch import nn
 
 import datasets
 import plots
@@ -26,8 +27,7 @@ import util
 
 MEMORY = 5000  # training images at most among which neighbours are looked for; at 64x64 with ndf 64 they take 250 MB
 # The parts of `combined`, chosen on the development half of CIFAR-10's test split, see benchmarks/cifar10_table.py
-COMBINED = ("rotation", "neighbours")
-OF_THE_SEARCH = ("relative_residual", "dissimilarity")  # scores that need G(z)
+COMBINED = ("rotation", "neighbours", "mahalanobis")
 
 
 @dataclass
@@ -117,76 +117,16 @@ def threshold_metrics(score: np.ndarray, is_anomaly: np.ndarray, threshold: floa
     }
 
 
-def read_fits(
-    run_dir: Path, gan: runs.TrainedGAN, splits: list[str], discrimination: str = "features"
-) -> dict[str, dict]:
-    """The latents of these splits, found by feature matching or another discrimination loss.
-
-    Raises InputError if one is missing or not what its name says, or unless all are of one search.
-    """
-    again = f"run fit_latent.py --run-dir {run_dir} --discrimination {discrimination} --splits"
-    latents = {}
-    for split in splits:
-        path = runs.latents_path(run_dir, split, discrimination)
-        try:
-            latents[split] = runs.read_latents(path, split, gan)
-        except util.InputError as error:
-            raise util.InputError(f"{error}: {again} {split}, which mends it") from error
-        if latents[split]["search"]["discrimination"] != discrimination:
-            raise util.InputError(f"{path} was not guided by the {discrimination} loss: {again} {split} again")
-    expected = latents["validation"]["search"]
-    for split, found in latents.items():
-        names = sorted({*expected, *found["search"]})
-        if differing := [name for name in names if found["search"].get(name) != expected.get(name)]:
-            raise util.InputError(
-                f"validation and {split} were fitted with different settings ({', '.join(differing)}): "
-                f"{again} {' '.join(splits)} for all, or remove the older"
-            )
-    return latents
-
-
-def read_baselines(run_dir: Path, gan: runs.TrainedGAN, split: str, index: np.ndarray) -> dict[str, np.ndarray]:
-    """The scores of the baselines for the images of these indices (N,), by name, each (N,); none if none were fitted.
-
-    Raises InputError if a file is not what its name says, or lacks one of the images.
-    """
-    path = run_dir / f"baselines-{split}.npz"
-    if not path.is_file():
-        return {}
-    again = f"run fit_baselines.py --run-dir {run_dir} --splits {split}"
-    try:
-        found = runs.read_arrays(path, "fit_baselines.py", split, gan, dict.fromkeys(runs.BASELINES, ()))
-    except util.InputError as error:
-        raise util.InputError(f"{error}: {again} again, or remove it") from error
-    rows = np.isin(found["index"], index)  # both in the data set's order
-    if not np.array_equal(found["index"][rows], index):
-        raise util.InputError(f"{path} lacks some of the images that were searched: {again} again")
-    return {name: found[name][rows] for name in runs.BASELINES}
-
-
-def fitted_images(gan: runs.TrainedGAN, split: str, latents: dict) -> datasets.ImageSet:
-    """The images that these latents belong to. Raises InputError if the data set has changed since."""
-    image_set = datasets.open_split(gan.dataset, split, gan.normal_class)
-    fitted = image_set.take(np.isin(image_set.index, latents["index"]))  # both in the data set's order
-    for name in ("index", "label", "source"):
-        if not np.array_equal(getattr(fitted, name), latents[name]):
-            raise util.InputError(
-                f"the images of {gan.dataset} are not those that latents-{split}.npz was fitted to (other {name}): "
-                f"run fit_latent.py --splits {split} again"
-            )
-    return fitted
-
-
 @torch.no_grad()
-def remember_training(gan: runs.TrainedGAN, rotnet: runs.TrainedBeside, config: Config) -> torch.Tensor:
-    """RotNet's features of MEMORY training images, evenly spaced if there are more, for `scores.neighbours`: (M, F).
+def remember_training(gan: runs.TrainedGAN, rotnet: nn.Module, config: Config) -> scores.NormalFeatures:
+    """What RotNet makes of MEMORY training images, evenly spaced if there are more.
 
     Raises InputError if the training images have changed since.
     """
     images = training.images_of_gan(gan, skip_unreadable=True, processes=1)
     rows = np.unique(np.linspace(0, len(images) - 1, MEMORY).round().astype(np.int64))
-    batches = [images[rows[part]] for part in datasets.chunks(range(len(rows)), config.batch_size)]
-    return torch.cat([scores.directions(rotnet.network, datasets.to_model(batch, config.device)) for batch in batches])
+    chunks = datasets.chunks(range(len(rows)), config.batch_size)
+    return scores.normal_features(rotnet, (datasets.to_model(images[rows[part]], config.device) for part in chunks))
 
 
 @torch.no_grad()
@@ -204,7 +144,7 @@ def score_split(
 
     Raises InputError if `reference`, the latents of GAN_R, are not of the same images.
     """
-    image_set = fitted_images(gan, split, latents)
+    image_set = runs.fitted_images(gan, split, latents)
     batches = datasets.chunks(range(len(image_set)), config.batch_size)
     decoded = datasets.image_batches(image_set, batches, gan.image_size, gan.image_channels)
     found, seconds = {name: [] for name in by_name}, dict.fromkeys(by_name, 0.0)
@@ -230,7 +170,7 @@ def score_split(
                 "features and with reference, and the same --max-images"
             )
         all_scores["gan_r"] = runs.fitted_score(reference)
-    all_scores |= read_baselines(run_dir, gan, split, image_set.index)
+    all_scores |= runs.read_baselines(run_dir, gan, split, image_set.index)
     return ScoredSplit(
         images=image_set,
         z=latents["z"],
@@ -326,14 +266,14 @@ def evaluate(config: Config, run_dir: Path, device: torch.device) -> None:
     # Score every split that was fitted
     others = [split for split in ("train", "train_anomalies") if runs.latents_path(run_dir, split).is_file()]
     splits = ["validation", "test", *others]
-    fits, references = read_fits(run_dir, gan, splits), {}
+    fits, references = runs.read_fits(run_dir, gan, splits), {}
     if any(runs.latents_path(run_dir, split, "reference").is_file() for split in splits):
-        references = read_fits(run_dir, gan, splits, "reference")
+        references = runs.read_fits(run_dir, gan, splits, "reference")
     encoder = runs.load_encoder(run_dir, gan, device) if (run_dir / "encoder.pt").is_file() else None
     acae = runs.load_acae(run_dir, gan, device) if (run_dir / "acae.pt").is_file() else None
     rotnet = runs.load_rotnet(run_dir, gan, device) if (run_dir / "rotnet.pt").is_file() else None
-    memory = remember_training(gan, rotnet, config) if rotnet else None
-    by_name = scores.by_name(gan, encoder, acae, rotnet, memory)
+    normal = remember_training(gan, rotnet.network, config) if rotnet else None
+    by_name = scores.by_name(gan, encoder, acae, rotnet, normal)
     scored = {
         split: score_split(run_dir, gan, split, fits[split], references.get(split), by_name, config) for split in splits
     }
@@ -416,11 +356,7 @@ def evaluate(config: Config, run_dir: Path, device: torch.device) -> None:
         f"{title}, p of {plots.LABELS[verdict]}",
     )
 
-    score_1000 = {
-        name: round(1000 * spent / len(test.images), 4)
-        for name, spent in test.seconds.items()
-        if name not in OF_THE_SEARCH
-    }
+    score_1000 = {name: round(1000 * spent / len(test.images), 4) for name, spent in test.seconds.items()}
     runs.record_run(run_dir, "evaluate", config, device, time.monotonic() - started, seconds_to_score_1000=score_1000)
     print_table(metrics)
     print(

@@ -23,13 +23,12 @@ LABELS = {
     "anomaly_score": "A(x), AnoGAN's anomaly score",
     "residual": "R, residual",
     "discrimination": "D, discrimination",
-    "relative_residual": "R over the image's contrast",
-    "dissimilarity": "1 - SSIM of x and G(z)",
     "p_d": "P_D, discriminator alone",
     "f_anogan": "f-AnoGAN, encoder",
     "acae": "aCAE, reconstruction",
     "rotation": "rotation, RotNet's loss",
     "neighbours": "neighbours in RotNet's features",
+    "mahalanobis": "Mahalanobis in RotNet's features",
     "gan_r": "A(x) of GAN_R, reference loss",
     "oc_svm": "one-class SVM on pixels",
     "kde": "kernel density of pixels",
@@ -42,10 +41,9 @@ LABELS = {
 PARTS = {
     "residual": ("anomaly_score", "--", 0.6),
     "discrimination": ("anomaly_score", ":", 0.4),
-    "relative_residual": ("anomaly_score", "-.", 0.3),
-    "dissimilarity": ("anomaly_score", (0, (1, 4)), 0.2),
     "rotation": ("combined", "--", 0.6),
-    "neighbours": ("combined", ":", 0.3),
+    "neighbours": ("combined", ":", 0.4),
+    "mahalanobis": ("combined", "-.", 0.2),
 }
 COLOURS = dict(zip([name for name in LABELS if name not in PARTS], plt.get_cmap("tab10").colors, strict=False))
 STYLES = {name: (COLOURS[name], "-", 1.0) for name in COLOURS}

@@ -21,6 +21,7 @@ import torchvision
 from filelock import FileLock, Timeout
 from torch import nn
 
+import datasets
 import util
 from network import Discriminator, Encoder, Generator, RotNet, fold_batchnorm
 from util import InputError
@@ -318,6 +319,64 @@ def read_arrays(
     if not whole:
         raise InputError(f"{path} holds arrays of the wrong shape, no image, or numbers that are not finite")
     return arrays
+
+
+def read_fits(run_dir: Path, gan: TrainedGAN, splits: list[str], discrimination: str = "features") -> dict[str, dict]:
+    """The latents of these splits, found by feature matching or another discrimination loss.
+
+    Raises InputError if one is missing or not what its name says, or unless all are of one search.
+    """
+    again = f"run fit_latent.py --run-dir {run_dir} --discrimination {discrimination} --splits"
+    latents = {}
+    for split in splits:
+        path = latents_path(run_dir, split, discrimination)
+        try:
+            latents[split] = read_latents(path, split, gan)
+        except InputError as error:
+            raise InputError(f"{error}: {again} {split}, which mends it") from error
+        if latents[split]["search"]["discrimination"] != discrimination:
+            raise InputError(f"{path} was not guided by the {discrimination} loss: {again} {split} again")
+    expected = latents["validation"]["search"]
+    for split, found in latents.items():
+        names = sorted({*expected, *found["search"]})
+        if differing := [name for name in names if found["search"].get(name) != expected.get(name)]:
+            raise InputError(
+                f"validation and {split} were fitted with different settings ({', '.join(differing)}): "
+                f"{again} {' '.join(splits)} for all, or remove the older"
+            )
+    return latents
+
+
+def read_baselines(run_dir: Path, gan: TrainedGAN, split: str, index: np.ndarray) -> dict[str, np.ndarray]:
+    """The scores of the baselines for the images of these indices (N,), by name, each (N,); none if none were fitted.
+
+    Raises InputError if a file is not what its name says, or lacks one of the images.
+    """
+    path = run_dir / f"baselines-{split}.npz"
+    if not path.is_file():
+        return {}
+    again = f"run fit_baselines.py --run-dir {run_dir} --splits {split}"
+    try:
+        found = read_arrays(path, "fit_baselines.py", split, gan, dict.fromkeys(BASELINES, ()))
+    except InputError as error:
+        raise InputError(f"{error}: {again} again, or remove it") from error
+    rows = np.isin(found["index"], index)  # both in the data set's order
+    if not np.array_equal(found["index"][rows], index):
+        raise InputError(f"{path} lacks some of the images that were searched: {again} again")
+    return {name: found[name][rows] for name in BASELINES}
+
+
+def fitted_images(gan: TrainedGAN, split: str, latents: dict) -> datasets.ImageSet:
+    """The images that these latents belong to. Raises InputError if the data set has changed since."""
+    image_set = datasets.open_split(gan.dataset, split, gan.normal_class)
+    fitted = image_set.take(np.isin(image_set.index, latents["index"]))  # both in the data set's order
+    for name in ("index", "label", "source"):
+        if not np.array_equal(getattr(fitted, name), latents[name]):
+            raise InputError(
+                f"the images of {gan.dataset} are not those that latents-{split}.npz was fitted to (other {name}): "
+                f"run fit_latent.py --splits {split} again"
+            )
+    return fitted
 
 
 def record_run(run_dir: Path, script: str, config: Any, device: torch.device, seconds: float, **facts: Any) -> None:

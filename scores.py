@@ -4,12 +4,14 @@ High means anomalous, for every score. A(x), R and D stand in util.py, where the
 loss of f-AnoGAN's encoder.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from sklearn.covariance import LedoitWolf
 from torch import nn
-from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, normalize
+from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 import runs
 import util
@@ -17,36 +19,9 @@ import util
 Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of x and G(z), (N, C, H, W) in [-1, 1] each, to (N,)
 
 
-def contrast(x: torch.Tensor) -> torch.Tensor:
-    """Σ|x - mean of x| over an image's pixels and channels: (N, C, H, W) to (N,)."""
-    return (x - x.mean((1, 2, 3), keepdim=True)).abs().sum((1, 2, 3))
-
-
-def relative_residual(x: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
-    """R over the image's own contrast, Σ|x - G(z)| / Σ|x - mean of x|: (N, C, H, W) twice to (N,).
-
-    It is 1 where G(z) is as far from x as x's own mean is. The contrast is at least that of one level in 8 bits, or a
-    blank image would divide by 0.
-    """
-    return util.residual_loss(x, generated) / contrast(x).clamp(min=x[0].numel() * 2 / 255)
-
-
-def dissimilarity(x: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
-    """1 - SSIM(x, G(z)) (Wang et al. 2004, equation 13): (N, C, H, W) twice, in [-1, 1], to (N,) in [0, 2].
-
-    Of pixels in [0, 1], where means are not negative. Means, variances and covariance are those of 7x7 windows, and the
-    SSIM is averaged over windows and channels; C1 = 0.01² and C2 = 0.03².
-    """
-    x, generated = (x + 1) / 2, (generated + 1) / 2
-
-    def mean(images: torch.Tensor) -> torch.Tensor:
-        return avg_pool2d(images, 7, stride=1)
-
-    c1, c2 = 0.01**2, 0.03**2
-    a, b = mean(x), mean(generated)
-    var_a, var_b, covariance = mean(x * x) - a * a, mean(generated * generated) - b * b, mean(x * generated) - a * b
-    ssim = (2 * a * b + c1) * (2 * covariance + c2) / ((a * a + b * b + c1) * (var_a + var_b + c2))
-    return 1 - ssim.mean((1, 2, 3))
+def turned(x: torch.Tensor) -> list[torch.Tensor]:
+    """Images (N, C, H, H) turned by 0, 90, 180 and 270 degrees, each (N, C, H, H)."""
+    return [x.rot90(turn, (2, 3)).contiguous(memory_format=torch.channels_last) for turn in range(4)]
 
 
 def p_d(discriminator: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -60,12 +35,8 @@ def rotation(rotnet: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
     The score of Golan and El-Yaniv 2018 and Hendrycks et al. 2019 with turns as the only transformations.
     """
-    loss = 0
-    for turn in range(4):
-        images = x.rot90(turn, (2, 3)).contiguous(memory_format=torch.channels_last)
-        # in float64, or a confident network would make ties at 0
-        loss = loss - rotnet(images).cpu().double().log_softmax(1)[:, turn]
-    return loss
+    # in float64, or a confident network would make ties at 0
+    return sum(-rotnet(images).cpu().double().log_softmax(1)[:, turn] for turn, images in enumerate(turned(x)))
 
 
 def directions(rotnet: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -77,25 +48,72 @@ def directions(rotnet: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return normalize(torch.cat(rungs, 1))
 
 
-def neighbours(rotnet: nn.Module, x: torch.Tensor, memory: torch.Tensor, count: int = 5) -> torch.Tensor:
+def channel_means(rotnet: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """RotNet's channels, those of every rung, averaged over the image: (N, C, H, W) to (N, K)."""
+    return torch.cat([rung.mean((2, 3)) for rung in rotnet.features(x)], 1)
+
+
+@dataclass(frozen=True)
+class NormalFeatures:
+    """What RotNet makes of the training images, for `neighbours` and `mahalanobis`."""
+
+    directions: torch.Tensor  # (M, F)
+    means: torch.Tensor  # (4, K), of the `channel_means` of the images in each turn
+    precisions: torch.Tensor  # (4, K, K), the inverse of their covariance
+
+
+def normal_features(rotnet: nn.Module, batches: Iterable[torch.Tensor]) -> NormalFeatures:
+    """What the scores need to know of the training images, batches of (N, C, H, H) in [-1, 1].
+
+    The covariance is shrunk towards a multiple of the identity (Ledoit and Wolf 2004): there may be fewer images than
+    channels.
+    """
+    lengths_of_1, channels = [], []
+    for x in batches:
+        lengths_of_1.append(directions(rotnet, x))
+        channels.append(torch.stack([channel_means(rotnet, images) for images in turned(x)]))  # (4, N, K)
+    fits = [LedoitWolf().fit(of_turn.cpu().double().numpy()) for of_turn in torch.cat(channels, 1)]
+    means, precisions = (
+        torch.from_numpy(np.stack([getattr(fit, name) for fit in fits])).to(lengths_of_1[0])
+        for name in ("location_", "precision_")
+    )
+    return NormalFeatures(torch.cat(lengths_of_1), means, precisions)
+
+
+def neighbours(rotnet: nn.Module, x: torch.Tensor, normal: NormalFeatures, count: int = 5) -> torch.Tensor:
     """Mean cosine distance of x's features to those of the nearest training images: (N, C, H, W) to (N,) in [0, 2].
 
-    `memory` are the training images' `directions` (M, F); `count` of them, or all if there are fewer, are averaged. An
-    image that is among them finds itself, at distance 0: on the split `train` this score means little.
+    `count` of the training images, or all if there are fewer, are averaged. An image that is among them finds itself,
+    at distance 0: on the split `train` this score means little.
     """
-    similarity = directions(rotnet, x) @ memory.T  # (N, M)
-    return 1 - similarity.topk(min(count, len(memory)), 1).values.mean(1)
+    similarity = directions(rotnet, x) @ normal.directions.T  # (N, M)
+    return 1 - similarity.topk(min(count, len(normal.directions)), 1).values.mean(1)
+
+
+def mahalanobis(rotnet: nn.Module, x: torch.Tensor, normal: NormalFeatures) -> torch.Tensor:
+    """Σ (c - μ)ᵀ Σ⁻¹ (c - μ) over the four turns of x, where c are its `channel_means`: (N, C, H, H) to (N,).
+
+    The squared distance from the training images' mean, in their own covariance (Lee et al. 2018, with one class).
+    """
+    distance = 0
+    for images, mean, precision in zip(turned(x), normal.means, normal.precisions, strict=True):
+        away = channel_means(rotnet, images) - mean  # (N, K)
+        distance = distance + (away @ precision * away).sum(1)
+    return distance
 
 
 def combined(parts: list[np.ndarray], of_validation: list[np.ndarray]) -> np.ndarray:
-    """The sum of some scores (N,), each less its mean over validation normals (V,), in their standard deviations.
+    """The sum of some scores' logarithms (N,), each less its mean over validation normals (V,), in their standard
+    deviations.
 
-    A part that is the same for all of them, or of which there is but one, is not scaled.
+    The logarithm, or the score with the longest tail would drown the others. Scores are distances or losses, from 0 up;
+    those under 1e-6, which rounding can bring about, count as 1e-6. A part that is the same for all validation
+    normals, or of which there is but one, is not scaled.
     """
     total = np.zeros(len(parts[0]))
     for part, normal in zip(parts, of_validation, strict=True):
-        mean, deviation = normal.mean(dtype=np.float64), normal.std(dtype=np.float64)
-        total += (part - mean) / (deviation or 1.0)
+        part, normal = (np.log(np.maximum(values, 1e-6, dtype=np.float64)) for values in (part, normal))
+        total += (part - normal.mean()) / (normal.std() or 1.0)
     return total
 
 
@@ -104,16 +122,14 @@ def by_name(
     encoder: runs.TrainedEncoder | None,
     acae: runs.TrainedBeside | None,
     rotnet: runs.TrainedBeside | None,
-    memory: torch.Tensor | None,
+    normal: NormalFeatures | None,
 ) -> dict[str, Score]:
     """The scores that are worked out from x and G(z), of those networks that were trained.
 
-    `memory` are the training images' `directions`, if there is a RotNet. The aCAE's score is Σ|x - x̂| over an image's
+    `normal` is what RotNet makes of the training images, if there is one. The aCAE's score is Σ|x - x̂| over an image's
     pixels, where x̂ is its reconstruction; f-AnoGAN's is A_R + κ A_D, see `util.izi_f_loss`.
     """
     scores = {
-        "relative_residual": relative_residual,
-        "dissimilarity": dissimilarity,
         "p_d": lambda x, generated: p_d(gan.discriminator, x),
     }
     if encoder is not None:
@@ -127,5 +143,6 @@ def by_name(
         scores["acae"] = lambda x, generated: util.residual_loss(x, acae.network(x))
     if rotnet is not None:
         scores["rotation"] = lambda x, generated: rotation(rotnet.network, x)
-        scores["neighbours"] = lambda x, generated: neighbours(rotnet.network, x, memory)
+        scores["neighbours"] = lambda x, generated: neighbours(rotnet.network, x, normal)
+        scores["mahalanobis"] = lambda x, generated: mahalanobis(rotnet.network, x, normal)
     return scores

@@ -1,6 +1,6 @@
 """Why the plain score fails where it fails: it follows an image's contrast, not its strangeness.
 
-    python -m benchmarks.contrast --run-dir outputs/table/automobile-0
+    python -m benchmarks.contrast --run-dir outputs/table/automobile-0-32-32-45
 
 Draws A(x) and the combined score of the test images against their contrast, Σ|x - mean of x|, to docs/contrast.png, and
 prints the rank correlations. Nothing is chosen here.
@@ -17,7 +17,6 @@ import tyro
 import datasets
 import plots
 import runs
-import scores
 import util
 from benchmarks import measure
 
@@ -41,7 +40,8 @@ def main(config: Config) -> None:
     images = datasets.open_split(gan.dataset, "test", gan.normal_class)
     images = images.take(np.isin(images.index, [int(row["index"]) for row in rows]))
     pixels, _ = datasets.load_images(images, gan.image_size, gan.image_channels)
-    contrast = scores.contrast(datasets.to_model(pixels)).numpy()
+    x = datasets.to_model(pixels)
+    contrast = (x - x.mean((1, 2, 3), keepdim=True)).abs().sum((1, 2, 3)).numpy()
     rng = np.random.default_rng(config.seed)
     kinds = {"normal": (~is_anomaly, "tab:green"), "anomalous": (is_anomaly, "tab:red")}
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import read_scores
+from sklearn.covariance import LedoitWolf
 from torch import nn
 
 import datasets
@@ -22,34 +23,6 @@ import training
 from network import RotNet, initialise_weights
 
 CPU = torch.device("cpu")
-
-
-def test_relative_residual_by_hand() -> None:
-    x = torch.tensor([[[[0.0, 1.0, -1.0, 0.0]]], [[[0.5, 0.5, 0.5, 0.5]]]])
-    generated = torch.zeros(2, 1, 1, 4)
-    found = scores.relative_residual(x, generated)
-    assert found[0].item() == pytest.approx(2 / 2)  # no better than the image's mean, a plain grey
-    assert found[1].item() == pytest.approx(2 / (4 * 2 / 255))  # a blank image does not divide by 0
-    assert scores.relative_residual(x, x).tolist() == [0, 0]
-    assert scores.relative_residual(0.1 * x, 0.1 * generated)[0].item() == pytest.approx(1)  # whatever the contrast
-
-
-def test_dissimilarity_by_hand() -> None:
-    x = torch.rand(3, 2, 12, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    assert scores.dissimilarity(x, x).abs().max() < 1e-5
-    # two plain images: no variance, so only the means of the pixels in [0, 1] count
-    found = scores.dissimilarity(torch.full((1, 1, 8, 8), 0.5), torch.full((1, 1, 8, 8), -0.5))
-    a, b, c1, c2 = 0.75, 0.25, 0.01**2, 0.03**2
-    assert found.item() == pytest.approx(1 - (2 * a * b + c1) / (a**2 + b**2 + c1), rel=1e-3)
-    # one window, by the formula
-    y = torch.rand(3, 2, 7, 7, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    u, v = (x[..., :7, :7].flatten(2) + 1) / 2, (y.flatten(2) + 1) / 2  # (3, 2, 49)
-    covariance = ((u - u.mean(2, True)) * (v - v.mean(2, True))).mean(2)
-    ssim = (2 * u.mean(2) * v.mean(2) + c1) * (2 * covariance + c2)
-    ssim /= (u.mean(2) ** 2 + v.mean(2) ** 2 + c1) * (u.var(2, correction=0) + v.var(2, correction=0) + c2)
-    torch.testing.assert_close(scores.dissimilarity(x[..., :7, :7], y), 1 - ssim.mean(1))
-    noise = 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
-    assert (scores.dissimilarity(x, x + noise) < scores.dissimilarity(x, -x)).all()
 
 
 def test_rotation_by_hand() -> None:
@@ -72,20 +45,55 @@ def test_rotation_by_hand() -> None:
 def test_neighbours_by_hand() -> None:
     # two rungs that say the same weigh as much as one
     rotnet = SimpleNamespace(features=lambda images: [images.expand(-1, -1, 8, 8), images.expand(-1, -1, 4, 4)])
-    memory = scores.directions(rotnet, torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])[:, :, None, None])
-    assert memory.shape == (3, 2 * 2 * 16) and memory.norm(dim=1).tolist() == pytest.approx([1, 1, 1])
+    training = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])[:, :, None, None]
+    normal = scores.normal_features(rotnet, [training[:2], training[2:]])
+    assert normal.directions.shape == (3, 2 * 2 * 16)
+    assert normal.directions.norm(dim=1).tolist() == pytest.approx([1, 1, 1])
     x = torch.tensor([[3.0, 0.0], [1.0, 1.0]])[:, :, None, None]  # its length does not count, its direction does
-    found = scores.neighbours(rotnet, x, memory, count=2)
+    found = scores.neighbours(rotnet, x, normal, count=2)
     assert found.tolist() == pytest.approx([(0 + 1) / 2, 1 - 2**-0.5])
-    assert scores.neighbours(rotnet, x, memory, count=9)[0].item() == pytest.approx((0 + 1 + 2) / 3)
+    assert scores.neighbours(rotnet, x, normal, count=9)[0].item() == pytest.approx((0 + 1 + 2) / 3)
+
+
+def test_mahalanobis_by_hand() -> None:
+    """Channels that spread by 1 and by 3: a step of 3 in the first is as far as one of 9 in the second."""
+    rotnet = SimpleNamespace(features=lambda images: [images[:, :1], images[:, 1:]])  # rungs of a channel each
+    spread = torch.tensor([1.0, 3.0])
+    rows = 5 + spread * torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0))
+    pixels = rows[:, :, None, None].expand(-1, -1, 4, 4)
+    normal = scores.normal_features(rotnet, pixels.split(3000))
+    assert normal.means.shape == (4, 2) and normal.precisions.shape == (4, 2, 2)
+    x = (5 + torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 9.0], [3.0, 9.0]]))[:, :, None, None].expand(-1, -1, 4, 4)
+    # four turns, in each of which a plain picture has the same channels
+    assert scores.mahalanobis(rotnet, x, normal).tolist() == pytest.approx(
+        [0, 4 * 9, 4 * 9, 4 * 18], rel=0.05, abs=0.01
+    )
+    # the channels are those of the turned image: one that looks at the top row alone sees four different rows
+    top = SimpleNamespace(features=lambda images: [images[:, :, :1]])
+    edges = torch.zeros(2, 1, 4, 4)
+    edges[0, :, 0], edges[1, :, :, 0] = 1, 1
+    assert [scores.channel_means(top, images)[:, 0].tolist() for images in scores.turned(edges)] == [
+        [1, 0.25],
+        [0.25, 0],
+        [0, 0.25],
+        [0.25, 1],
+    ]
+    # fewer images than channels: shrinkage keeps the covariance invertible
+    few = scores.normal_features(rotnet, [pixels[:1], pixels[1:2]])
+    assert torch.isfinite(scores.mahalanobis(rotnet, x, few)).all()
 
 
 def test_combined_by_hand() -> None:
-    parts, normal = [np.array([3.0, 0.0]), np.array([10.0, 40.0])], [np.array([0.0, 2.0]), np.array([10.0, 30.0])]
-    np.testing.assert_allclose(scores.combined(parts, normal), [(3 - 1) / 1 + (10 - 20) / 10, -1 + 2])
+    parts, normal = [np.array([3.0, 0.0]), np.array([10.0, 40.0])], [np.array([1.0, 2.0]), np.array([10.0, 30.0])]
+    parts, normal = [2 ** np.array(part) for part in parts], [2 ** np.array(part) for part in normal]
+    # of the logarithms: the base does not matter
+    np.testing.assert_allclose(scores.combined(parts, normal), [(3 - 1.5) / 0.5 + (10 - 20) / 10, -3 + 2])
     # a part that is the same for all validation normals, or for the only one there is
-    assert scores.combined([np.float32([12, 1])], [np.float32([3])]).tolist() == [9, -2]
-    assert scores.combined([np.float32([12, 1])], [np.float32([3, 3])]).tolist() == [9, -2]
+    for same in ([3], [3, 3]):
+        np.testing.assert_allclose(scores.combined([np.float32([12, 1])], [np.float32(same)]), np.log([4, 1 / 3]))
+    # a distance that rounding has put at or below 0
+    found = scores.combined([np.float32([-1e-7, 0, 1e-6])], [np.float32([1e-3, 1])])
+    assert np.isfinite(found).all() and np.ptp(found) < 1e-6
 
 
 def test_augmented_images_are_mirrored_and_moved() -> None:
@@ -124,9 +132,8 @@ def test_rotnet_learns_to_tell_turns() -> None:
 
 
 def test_scores_csv_by_hand(digits_workdir: Path) -> None:
-    """rotation, neighbours, dissimilarity and combined as evaluate.py wrote them, worked out again from the files."""
+    """rotation, neighbours, mahalanobis and combined as evaluate.py wrote them, worked out again from the files."""
     run_dir = digits_workdir / "outputs/digits-0"
-    gan = runs.load_gan(run_dir, CPU)
     state = torch.load(run_dir / "rotnet.pt", weights_only=True)["rotnet"]
     rotnet = RotNet(32, 1, 4)
     rotnet.load_state_dict(state)
@@ -140,6 +147,12 @@ def test_scores_csv_by_hand(digits_workdir: Path) -> None:
     images["test"] = images["test"].take(np.isin(images["test"].source, [row["source"] for row in rows["test"]]))
     x = {split: datasets.to_model(datasets.load_images(image_set, 32, 1)[0]) for split, image_set in images.items()}
     parts = {}
+
+    def channels(split: str, turn: int) -> np.ndarray:
+        """The mean over the image of what each rung puts out: five layers, then six and six."""
+        rungs = [rotnet.body[:end](x[split].rot90(turn, (2, 3))) for end in (5, 11, 17)]
+        return torch.cat([rung.mean((2, 3)) for rung in rungs], 1).double().numpy()
+
     with torch.no_grad():
         # the last rung is six layers: two convolutions, each with BatchNorm and LeakyReLU
         rungs = {split: (rotnet.body[:-6](x[split]), rotnet.body(x[split])) for split in x}
@@ -151,15 +164,15 @@ def test_scores_csv_by_hand(digits_workdir: Path) -> None:
         for split in ("validation", "test"):
             losses = [-rotnet(x[split].rot90(turn, (2, 3))).log_softmax(1)[:, turn] for turn in range(4)]
             distances = (1 - vectors[split] @ vectors["train"].T).sort(1).values[:, :5].mean(1)
-            parts[split] = sum(losses).numpy(), distances.numpy()
-            for name, values in zip(("rotation", "neighbours"), parts[split], strict=True):
+            of_turns = [
+                LedoitWolf().fit(channels("train", turn)).mahalanobis(channels(split, turn)) for turn in range(4)
+            ]
+            parts[split] = sum(losses).numpy(), distances.numpy(), sum(of_turns)
+            for name, values in zip(("rotation", "neighbours", "mahalanobis"), parts[split], strict=True):
                 np.testing.assert_allclose([float(row[name]) for row in rows[split]], values, rtol=1e-3, atol=1e-5)
-        latents = runs.read_latents(run_dir / "latents-test.npz", "test", gan)
-        generated = gan.generator(torch.from_numpy(latents["z"]))
-    for name, score in (("dissimilarity", scores.dissimilarity), ("relative_residual", scores.relative_residual)):
-        np.testing.assert_allclose([float(row[name]) for row in rows["test"]], score(x["test"], generated), rtol=1e-3)
     combined = sum(
-        (part - normal.mean()) / normal.std() for part, normal in zip(parts["test"], parts["validation"], strict=True)
+        (np.log(part) - np.log(normal).mean()) / np.log(normal).std()
+        for part, normal in zip(parts["test"], parts["validation"], strict=True)
     )
     np.testing.assert_allclose([float(row["combined"]) for row in rows["test"]], combined, rtol=1e-2, atol=1e-2)
 
