@@ -18,6 +18,7 @@ from tqdm import tqdm
 import datasets
 import fit_latent
 import runs
+import search
 import util
 from benchmarks import measure
 
@@ -51,10 +52,10 @@ def main(config: Config) -> None:
     validation = datasets.open_split(gan.dataset, "validation", gan.normal_class).take(slice(config.images))
     images, _ = datasets.load_images(validation, gan.image_size, gan.image_channels)
     x = datasets.to_model(images, device).contiguous(memory_format=torch.channels_last)
-    candidates = fit_latent.draw_candidates(gan.generator, gan.latent_dim, OURS.candidates, config.seed)
+    candidates = search.draw_candidates(gan.generator, gan.latent_dim, OURS.candidates, config.seed)
     starts = {
         "random": candidates.z[: len(x)],
-        f"nearest of {OURS.candidates}": fit_latent.nearest_candidates(x, candidates),
+        f"nearest of {OURS.candidates}": search.nearest_candidates(x, candidates),
         "E(x)": runs.load_encoder(run_dir, gan, device).encoder(x),
     }
 
@@ -62,7 +63,7 @@ def main(config: Config) -> None:
     for name, lr, steps in tqdm([(name, lr, steps) for name in starts for lr in config.lr for steps in config.steps]):
         losses = []
         for batch, z in zip(x.split(BATCH_SIZE), starts[name].split(BATCH_SIZE), strict=True):
-            _, *found = fit_latent.search_latents(
+            _, *found = search.search_latents(
                 gan.generator, gan.discriminator, batch, z, steps, lr, OURS.discrimination_weight, precision
             )
             losses.append(util.anomaly_score(*found, OURS.discrimination_weight))

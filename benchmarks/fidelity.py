@@ -18,6 +18,7 @@ from tqdm import tqdm
 import datasets
 import fit_latent
 import runs
+import search
 import util
 from benchmarks import measure
 
@@ -44,14 +45,14 @@ def main(config: Config) -> None:
     test = test.take(fit_latent.stratified_subset(test.label, config.images, config.seed))
     images, _ = datasets.load_images(test, gan.image_size, gan.image_channels)
     is_anomaly = test.label != gan.classes.index(gan.normal_class)
-    candidates = fit_latent.draw_candidates(gan.generator, gan.latent_dim, OURS.candidates, config.seed)
+    candidates = search.draw_candidates(gan.generator, gan.latent_dim, OURS.candidates, config.seed)
 
     def scores(steps: int, precision: str) -> np.ndarray:
         found = []
         for batch in tqdm(images.split(BATCH_SIZE), f"{precision}, {steps} steps", leave=False):
             x = datasets.to_model(batch, device).contiguous(memory_format=torch.channels_last)
-            z = fit_latent.nearest_candidates(x, candidates)
-            _, *losses = fit_latent.search_latents(
+            z = search.nearest_candidates(x, candidates)
+            _, *losses = search.search_latents(
                 gan.generator, gan.discriminator, x, z, steps, OURS.lr, OURS.discrimination_weight, precision
             )
             found.append(util.anomaly_score(*losses, OURS.discrimination_weight).cpu())

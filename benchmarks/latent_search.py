@@ -26,6 +26,7 @@ from tqdm import tqdm
 import datasets
 import fit_latent
 import runs
+import search
 import util
 from benchmarks import measure
 from network import Discriminator, Generator
@@ -109,19 +110,19 @@ def main(config: Config) -> None:
         **measure.about(device),
     }
     print(", ".join(f"{name} {value}" for name, value in about.items()))
-    draw = partial(fit_latent.draw_candidates, gan.generator, gan.latent_dim, OURS.candidates, seed=0)
+    draw = partial(search.draw_candidates, gan.generator, gan.latent_dim, OURS.candidates, seed=0)
     candidates_seconds, candidates = measure.timed(draw, device)
 
     def our_steps(z: torch.Tensor, steps: int, precision: str) -> torch.Tensor:
         """Our steps from z (count, latent_dim) for the first `count` images: their losses (count,)."""
-        _, *found = fit_latent.search_latents(
+        _, *found = search.search_latents(
             gan.generator, gan.discriminator, x[: len(z)], z, steps, OURS.lr, OURS.discrimination_weight, precision
         )
         return util.anomaly_score(*found, OURS.discrimination_weight)
 
     def our_search(count: int, steps: int, precision: str) -> torch.Tensor:
         """The whole of our search for the first `count` images, start included: their losses (count,)."""
-        return our_steps(fit_latent.nearest_candidates(x[:count], candidates), steps, precision)
+        return our_steps(search.nearest_candidates(x[:count], candidates), steps, precision)
 
     # Single steps, the usual loop and ours in turn
     few = 25

@@ -9,8 +9,9 @@ import torch
 import datasets
 import fit_latent
 import util
-from fit_latent import draw_candidates, nearest_candidates, search_latents, stratified_subset
+from fit_latent import stratified_subset
 from network import Discriminator, Generator, fold_batchnorm
+from search import draw_candidates, nearest_candidates, search_latents
 
 STEPS, LR, WEIGHT = 12, 0.1, 0.1
 Networks = tuple[Generator, Discriminator]
