@@ -23,6 +23,7 @@ LABELS = {
     "anomaly_score": "A(x), AnoGAN's anomaly score",
     "residual": "R, residual",
     "discrimination": "D, discrimination",
+    "peak": "peak, largest local difference",
     "p_d": "P_D, discriminator alone",
     "f_anogan": "f-AnoGAN, encoder",
     "acae": "aCAE, reconstruction",
@@ -41,6 +42,7 @@ LABELS = {
 PARTS = {
     "residual": ("anomaly_score", "--", 0.6),
     "discrimination": ("anomaly_score", ":", 0.4),
+    "peak": ("anomaly_score", "-.", 0.25),
     "rotation": ("combined", "--", 0.6),
     "neighbours": ("combined", ":", 0.4),
     "mahalanobis": ("combined", "-.", 0.2),

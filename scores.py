@@ -13,10 +13,19 @@ from sklearn.covariance import LedoitWolf
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
+import heatmaps
 import runs
 import util
 
 Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of x and G(z), (N, C, H, W) in [-1, 1] each, to (N,)
+
+
+def peak(x: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
+    """The largest smoothed difference of x and G(z), see `heatmaps.difference`: (N, C, H, H) twice to (N,) in [0, 1].
+
+    For what is small and local: a scratch hardly changes the sum R, which every pixel of the picture is part of.
+    """
+    return heatmaps.difference(x, generated).amax((1, 2))
 
 
 def turned(x: torch.Tensor) -> list[torch.Tensor]:
@@ -130,6 +139,7 @@ def by_name(
     pixels, where x̂ is its reconstruction; f-AnoGAN's is A_R + κ A_D, see `util.izi_f_loss`.
     """
     scores = {
+        "peak": peak,
         "p_d": lambda x, generated: p_d(gan.discriminator, x),
     }
     if encoder is not None:

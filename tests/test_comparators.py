@@ -295,7 +295,7 @@ def test_evaluate_draws_what_is_there(
     """A curve, a histogram and a row for each score, whichever of them there are."""
     figures = {}
     monkeypatch.setattr("plots.save", lambda figure, path: figures.update({path.name: figure}))
-    scores = ["anomaly_score", "residual", "discrimination", "p_d"]
+    scores = ["anomaly_score", "residual", "discrimination", "peak", "p_d"]
     (trained / "rotnet.pt").unlink()
     for path in trained.glob("*-reference.npz"):
         path.unlink()

@@ -97,7 +97,7 @@ def test_every_score_has_the_same_figures(digits_workdir: Path) -> None:
     run_dir = digits_workdir / "outputs/digits-0"
     metrics = json.loads((run_dir / "metrics.json").read_text())
     for protocol in ("test", "all_splits"):
-        names = ["anomaly_score", "residual", "discrimination", "p_d"]
+        names = ["anomaly_score", "residual", "discrimination", "peak", "p_d"]
         names += ["f_anogan", "acae", "rotation", "neighbours", "mahalanobis", "gan_r", *runs.BASELINES, "combined"]
         assert list(metrics[protocol]) == names
         assert len({tuple(figures) for figures in metrics[protocol].values()}) == 1
@@ -191,7 +191,7 @@ def test_folder_of_mixed_pictures(tmp_path: Path) -> None:
     assert {path.name for path in run_dir.glob("[!.]*")} == RUN_FILES
     metrics = json.loads((run_dir / "metrics.json").read_text())
     # only AnoGAN was run
-    names = ["anomaly_score", "residual", "discrimination", "p_d"]
+    names = ["anomaly_score", "residual", "discrimination", "peak", "p_d"]
     assert list(metrics["test"]) == names and metrics["threshold"]["score"] == "anomaly_score"
     assert runs.load_gan(run_dir, torch.device("cpu")).image_channels == 3
     sources = [row["source"] for row in read_scores(run_dir)]

@@ -1,0 +1,74 @@
+"""Heat maps against small cases worked out by hand."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import CenterCrop, Resize
+
+import heatmaps
+import scores
+
+
+def test_difference_by_hand() -> None:
+    x = torch.full((2, 3, 64, 64), 0.5)
+    generated = x.clone()
+    assert heatmaps.difference(x, generated).abs().max() == 0
+    generated[1] = -1
+    generated[0, :, 20:40, 10:30] += torch.tensor([0.3, -0.3, 0.0])[:, None, None]  # colours do not cancel
+    found = heatmaps.difference(x, generated)
+    assert found.shape == (2, 64, 64)
+    torch.testing.assert_close(found[1], torch.full((64, 64), 0.75))  # of a range of 2, 1.5
+    assert found[0, 30, 20] == pytest.approx(0.1, abs=1e-3)  # far inside the patch, a mean of 0.2 in a range of 2
+    assert found[0, 20, 20] == pytest.approx(0.05, abs=0.015) and found[0, 55, 50] == 0  # half at its edge, 0 far away
+    assert scores.peak(x, generated).tolist() == pytest.approx([0.1, 0.75], abs=1e-3)
+
+
+def test_a_small_patch_raises_the_peak_more_than_the_residual() -> None:
+    noise = 0.05 * torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    x = torch.zeros(1, 1, 64, 64)
+    spotted = x.clone()
+    spotted[..., 30:34, 30:34] = 0.8
+    plain, spot = (scores.peak(each, noise).item() for each in (x, spotted))
+    residual = [(each - noise).abs().sum().item() for each in (x, spotted)]
+    assert spot > 3 * plain and residual[1] < 1.1 * residual[0]
+
+
+@pytest.mark.parametrize("size", [(100, 100), (200, 90), (90, 201), (33, 500), (64, 64)])
+def test_the_window_is_what_the_network_sees(size: tuple[int, int]) -> None:
+    """A dot of the network's image lands where it came from in the picture, to within a pixel of the network's."""
+    width, height = size
+    left, top, right, bottom = heatmaps.window(size)
+    assert right - left == bottom - top == min(size)
+    assert abs(left - (width - right)) <= 1 and abs(top - (height - bottom)) <= 1
+    across, down = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    for ramp, start, end, whole in ((across, left, right, width), (down, top, bottom, height)):
+        picture = Image.fromarray(ramp.round().astype(np.uint8))
+        seen = np.asarray(CenterCrop(32)(Resize(32)(picture))).astype(float)
+        middle = seen[16] if ramp is across else seen[:, 16]
+        expected = 255 * (start + (np.arange(32) + 0.5) * (end - start) / 32 - 0.5) / (whole - 1)
+        assert np.abs(middle - expected).max() <= 1 + 255 * min(size) / 32 / whole
+
+
+def test_at_own_size() -> None:
+    heat = torch.zeros(32, 32)
+    heat[8, 24] = 1
+    whole = heatmaps.at_own_size(heat, (320, 160))
+    assert whole.shape == (160, 320)
+    assert np.isnan(whole[:, :80]).all() and np.isnan(whole[:, 240:]).all() and np.isfinite(whole[:, 80:240]).all()
+    row, column = np.unravel_index(np.nanargmax(whole), whole.shape)
+    assert abs(row - 8.5 * 5) <= 2.5 and abs(column - (80 + 24.5 * 5)) <= 2.5
+    assert heatmaps.at_own_size(heat, (16, 16)).max() < 1  # a picture smaller than the network's is averaged
+
+
+def test_colours_and_marks() -> None:
+    heat = np.array([[0.0, 0.1, 0.2, np.nan]], np.float32)
+    colours = heatmaps.coloured(heat, 0.2)
+    assert colours.shape == (1, 4, 3) and colours[0, 0].sum() < 0.05 and colours[0, 2].sum() > 2
+    assert np.ptp(colours[0, 3]) == 0
+    assert np.isfinite(heatmaps.coloured(np.zeros((1, 2)), 0)).all()
+    picture = np.full((1, 4, 3), 0.5, np.float32)
+    marked = heatmaps.marked(picture, heat, 0.1)
+    np.testing.assert_allclose(marked[0, 2], [0.8, 0.2, 0.2])
+    assert (marked[0, [0, 1, 3]] == 0.5).all()  # the level itself does not pass, nor does what was not looked at
+    assert np.asarray(heatmaps.to_picture(marked))[0, 2].tolist() == [204, 51, 51]
