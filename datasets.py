@@ -1,13 +1,14 @@
 """Images in: the data sets, their four splits, and decoding to uint8, batch by batch in worker processes."""
 
 import dataclasses
+import glob
 import hashlib
 import multiprocessing
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,10 @@ class ImageSet:
     def open(self, row: int) -> Image.Image:
         """The image at this position of the set, as Pillow opens it."""
         return self.open_image(self.index[row], self.source[row])
+
+    def picture(self, row: int) -> Image.Image:
+        """The image at this position at its own size, upright, in RGB with 8 bits."""
+        return _to_8_bit(self.open(row), 3)
 
     def take(self, positions: np.ndarray | slice | range) -> "ImageSet":
         """The images at these positions (integers, a mask, a slice or a range) of this set, in that order."""
@@ -117,12 +122,10 @@ def _open_folder(root: Path, part: str) -> ImageSet:
             )
     # One numbering for both parts: in MVTec's layout train/ has the class `good` alone.
     classes = sorted({folder.name for side in ("train", "test") for folder in _subfolders(root / side)})
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     samples = make_dataset(
         str(root / part),
         class_to_idx={name: label for label, name in enumerate(classes)},
-        # a leading dot marks what file managers leave behind, such as ._photo.jpg
-        is_valid_file=lambda path: not Path(path).name.startswith(".") and Path(path).suffix.lower() in endings,
+        is_valid_file=_is_picture,
         allow_empty=True,
     )
     label = np.array([label for _, label in samples], dtype=np.int64)
@@ -137,6 +140,55 @@ def _open_folder(root: Path, part: str) -> ImageSet:
         source=np.array([Path(path).relative_to(root).as_posix() for path, _ in samples], dtype=np.str_),
         open_image=partial(_open_file, root),
     )
+
+
+def open_pictures(paths: Sequence[str]) -> ImageSet:
+    """Pictures without labels: files, folders of any depth and glob patterns, each picture once, sorted by name.
+
+    A picture's source is its path as it was given, its label -1. The set has the name of the folder that holds them
+    all, or of the only picture. Raises InputError, naming the path, if one holds or matches no picture.
+    """
+    found: dict[str, str] = {}  # by where it really is
+    for path in map(str, paths):
+        if Path(path).is_dir():
+            below = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
+            matches = [str(each) for each in below if _is_picture(each) and not _is_hidden(each.relative_to(path))]
+        elif Path(path).exists():
+            matches = [path]  # whatever its ending is
+        else:
+            matches = [each for each in glob.glob(path, recursive=True) if Path(each).is_file() and _is_picture(each)]
+        if not matches:
+            raise InputError(
+                f"--images {path}: no such picture, folder with pictures, or glob pattern that matches some (in a "
+                "folder those count whose name has the ending of a picture and no leading dot)"
+            )
+        found |= {os.path.realpath(each): each for each in matches}
+    source = sorted(found.values())
+    together = (
+        Path(source[0]) if len(source) == 1 else Path(os.path.commonpath([Path(each).resolve() for each in source]))
+    )
+    return ImageSet(
+        name=together.stem if len(source) == 1 else together.name,
+        classes=[],
+        index=np.arange(len(source), dtype=np.int64),
+        label=np.full(len(source), -1, np.int64),
+        source=np.array(source, dtype=np.str_),
+        open_image=partial(_open_file, Path()),
+    )
+
+
+def _is_picture(path: str | Path) -> bool:
+    # a leading dot marks what file managers leave behind, such as ._photo.jpg
+    return not Path(path).name.startswith(".") and Path(path).suffix.lower() in _endings()
+
+
+@cache
+def _endings() -> set[str]:
+    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _open_pixels(pixels: np.ndarray, index: int, source: str) -> Image.Image:
@@ -314,6 +366,31 @@ def _to_8_bit(image: Image.Image, image_channels: int) -> Image.Image:
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("L" if image_channels == 1 else "RGB")
+
+
+def has_masks(dataset: str) -> bool:
+    """Whether a data set comes with masks of its defects, in the layout of MVTec AD."""
+    return (Path(dataset) / "ground_truth").is_dir()
+
+
+def open_mask(dataset: str, source: str, size: tuple[int, int]) -> np.ndarray:
+    """Where the defect of a test image is, (height, width) bool, as ground_truth/<defect>/<name>_mask.png says.
+
+    `source` is the image's name, test/<defect>/<name>.png. Raises InputError if there is no mask, or if it does not
+    have this (width, height).
+    """
+    name = Path(source).relative_to("test")
+    path = Path(dataset) / "ground_truth" / name.with_name(f"{name.stem}_mask.png")
+    try:
+        with Image.open(path) as mask:
+            pixels = np.asarray(mask.convert("L")) > 127
+    except Exception as error:  # a damaged file can make a decoder raise anything
+        raise InputError(
+            f"the mask {path} of {source} cannot be read ({error}): mend it, or move ground_truth"
+        ) from error
+    if pixels.shape != (size[1], size[0]):
+        raise InputError(f"the mask {path} has another size than {source}: they must be the same")
+    return pixels
 
 
 def to_model(images: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:

@@ -5,6 +5,7 @@
     python fit_latent.py --splits train_anomalies --run-dir outputs/cifar10-automobile
     python fit_latent.py --discrimination reference           # GAN_R: guided by D's own verdict, beside the others
     python fit_latent.py --init encoder                       # starts at E(x), see train_encoder.py
+    python fit_latent.py --images my/pictures                 # your own pictures, without labels
     torchrun --standalone --nproc-per-node=8 fit_latent.py    # on eight GPUs: each takes its share of the shards
 
 Writes latents-<split>.npz to the run folder: z, residual and discrimination of every image. Until all are found, what
@@ -13,6 +14,7 @@ Next: python evaluate.py
 """
 
 import json
+import shlex
 import shutil
 import time
 import zipfile
@@ -41,6 +43,7 @@ Init = Literal["candidates", "encoder"]
 class Config:
     run_dir: Path | None = None  # the run to use; by default the one trained last
     splits: tuple[str, ...] = ("validation", "test")  # any of train, validation, test, train_anomalies
+    images: tuple[str, ...] = ()  # instead of splits: pictures without labels, folders of them or glob patterns
     max_images: int | None = None  # take only so many images of a split, each class in its proportion
     steps: int = 100  # Adam steps for each image; fewer than 25 can end higher than they start
     lr: float = 0.4  # Adam's largest step size: up to it over the first fifth of the steps, down over the last
@@ -87,10 +90,16 @@ def why_redo(
 
 
 def chosen_images(gan: runs.TrainedGAN, split: str, config: Config) -> datasets.ImageSet:
-    """The images of a split, or --max-images of them. Raises InputError if there are none, or of other classes."""
-    images = datasets.open_split(gan.dataset, split, gan.normal_class)
-    if images.classes != gan.classes:
-        raise util.InputError(f"{gan.dataset} has other classes than gan.pt was trained with: train again")
+    """The images of a split or of --images, or --max-images of them.
+
+    Raises InputError if there are none, or of other classes.
+    """
+    if split == "images":
+        images = datasets.open_pictures(config.images)
+    else:
+        images = datasets.open_split(gan.dataset, split, gan.normal_class)
+        if images.classes != gan.classes:
+            raise util.InputError(f"{gan.dataset} has other classes than gan.pt was trained with: train again")
     if config.max_images is not None:
         images = images.take(stratified_subset(images.label, config.max_images, config.seed))
     if len(images) == 0:
@@ -254,7 +263,7 @@ def main(config: Config) -> None:
         if config.init == "encoder":
             trained = runs.load_encoder(run_dir, gan, device)
             start, search["encoder"] = trained.encoder, trained.fingerprint
-        for split in config.splits:
+        for split in ("images",) if config.images else config.splits:
             path = runs.latents_path(run_dir, split, config.discrimination)
             folder = path.with_suffix("")  # of the shards
             image_set = chosen_images(gan, split, config)
@@ -301,7 +310,8 @@ def main(config: Config) -> None:
                 run_dir, name, config, device, seconds, precision=precision, processes=processes, fitted=fitted
             )
             print(f"wrote {run_dir}/: {' '.join(fitted)} run.json")
-        print(f"next: python evaluate.py --run-dir {run_dir}")
+        images = ["--images", *config.images] if config.images else []
+        print(f"next: {shlex.join(['python', 'evaluate.py', '--run-dir', str(run_dir), *images])}")
 
 
 if __name__ == "__main__":

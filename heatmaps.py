@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 from matplotlib import colormaps
-from PIL import Image
 from torch.nn.functional import interpolate
 from torchvision.transforms.functional import gaussian_blur
 
@@ -38,20 +37,30 @@ def at_own_size(heat: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
 
 
 def coloured(heat: np.ndarray, brightest: float) -> np.ndarray:
-    """A heat map (..., H, W) in colours, black at 0 and `brightest` from that difference up: (..., H, W, 3) in [0, 1].
+    """A heat map (..., H, W) in colours, black at 0, `brightest` from that difference up: uint8 (..., H, W, 3).
 
     Grey where it is NaN.
     """
-    colours = colormaps["inferno"].with_extremes(bad="grey")
-    return colours(np.ma.masked_invalid(heat) / (brightest or 1))[..., :3].astype(np.float32)
+    colours = np.vstack([np.array(colormaps["inferno"].colors), [[0.5] * 3]])  # 256, and grey
+    place = np.nan_to_num(heat / (brightest or 1), nan=-1)
+    place = np.where(place < 0, 256, (255 * place).clip(0, 255)).astype(np.int64)
+    return (255 * colours).round().astype(np.uint8)[place]
 
 
 def marked(picture: np.ndarray, heat: np.ndarray, level: float) -> np.ndarray:
-    """A picture (..., H, W, 3) in [0, 1] with all in red whose heat (..., H, W) passes the level, the same shape."""
-    red = np.array([1, 0, 0], np.float32)
-    return np.where((heat > level)[..., None], 0.4 * picture + 0.6 * red, picture)
+    """A picture, uint8 (..., H, W, 3), with all in red whose heat (..., H, W) passes the level: the same shape."""
+    red = (0.4 * picture + 0.6 * np.array([255, 0, 0])).astype(np.uint8)
+    return np.where((heat > level)[..., None], red, picture)
 
 
-def to_picture(pixels: np.ndarray) -> Image.Image:
-    """(H, W, 3) in [0, 1] to a picture of 8 bits."""
-    return Image.fromarray((255 * pixels).round().astype(np.uint8))
+def panels(
+    x: torch.Tensor, generated: torch.Tensor, heat: torch.Tensor, level: float, brightest: float
+) -> list[np.ndarray]:
+    """Real, generated, heat map and marked: images (N, C, H, H) in [-1, 1] and heat (N, H, H) to four uint8
+    (N, H, H, 3)."""
+    real, drawn = (
+        (127.5 * (images.cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy() + 1)).round().astype(np.uint8)
+        for images in (x, generated)
+    )
+    heat = heat.cpu().numpy()
+    return [real, drawn, coloured(heat, brightest), marked(real, heat, level)]

@@ -126,9 +126,16 @@ def roc_curves(path: Path, scores: dict[str, np.ndarray], is_anomaly: np.ndarray
 
 
 def score_histograms(
-    path: Path, scores: dict[str, np.ndarray], is_anomaly: np.ndarray, verdict: str, threshold: float, title: str
+    path: Path,
+    scores: dict[str, np.ndarray],
+    is_second: np.ndarray,
+    verdict: str,
+    threshold: float,
+    title: str,
+    kinds: tuple[str, str] = ("normal", "anomalous"),
 ) -> None:
-    """Normal against anomalous images, a panel a score, each kind with area 1; the threshold on the score `verdict`."""
+    """Two kinds of images against each other, a panel a score, each kind with area 1; the threshold on the score
+    `verdict`. `is_second` (N,) says of which kind an image is."""
     rows = -(-len(scores) // 5)
     columns = -(-len(scores) // rows)
     figure, panels = plt.subplots(rows, columns, figsize=(4 * columns, 3.6 * rows), layout="constrained", squeeze=False)
@@ -137,9 +144,9 @@ def score_histograms(
     for axes, (name, score) in zip(panels.flat, scores.items(), strict=False):
         bins = np.linspace(*np.quantile(score, [0.0, 0.998]), 50)  # a handful of extreme scores would squeeze the rest
         score = score.clip(bins[0], bins[-1])  # the last bin holds the rest
-        for kind, rows, colour in (("normal", ~is_anomaly, "tab:green"), ("anomalous", is_anomaly, "tab:red")):
+        for kind, rows, colour in zip(kinds, (~is_second, is_second), ("tab:green", "tab:red"), strict=True):
             axes.hist(score[rows], bins, density=True, alpha=0.5, color=colour, label=f"{kind} ({rows.sum()})")
-        if name == verdict:
+        if name == verdict and np.isfinite(threshold):
             axes.axvline(threshold, ymax=0.7, color="black", linestyle="--", label="threshold, from validation")
         axes.set(xlabel=LABELS[name], yticks=[], ylim=(0, 1.4 * axes.get_ylim()[1]))  # the legend stands above the bars
         axes.xaxis.set_major_locator(MaxNLocator(5))  # or long labels, such as those of a narrow P_D, touch
@@ -179,18 +186,12 @@ def per_class_auc(path: Path, metrics: dict, title: str) -> None:
     save(figure, path)
 
 
-def difference_maps(
-    path: Path, real: torch.Tensor, generated: torch.Tensor, captions: list[list[str]], threshold: float, title: str
-) -> None:
-    """Real, generated, their signed difference, and in red where it passes the threshold: four panels an image.
+def difference_maps(path: Path, panels: list[np.ndarray], captions: list[list[str]], title: str) -> None:
+    """Four panels an image, as `heatmaps.panels` makes them, each uint8 (N, H, H, 3).
 
-    real and generated are (N, C, H, W) in [0, 1]; the difference shown is the mean over colour channels, in
-    [-1, 1], and the threshold is for the mean of its absolute value, in which opposite colours do not cancel. The
-    words of an image's caption stand above its panels, one each.
+    The words of an image's caption stand above its panels, one each.
     """
-    difference = (real - generated).mean(1).numpy()  # (N, H, W)
-    size = (real - generated).abs().mean(1).numpy()  # (N, H, W)
-    lines = -(-len(real) // 2)  # two images to a line, or the picture grows too tall to look at
+    lines = -(-len(captions) // 2)  # two images to a line, or the picture grows too tall to look at
     figure, grid = plt.subplots(
         lines,
         9,
@@ -201,19 +202,13 @@ def difference_maps(
     )
     for axes in grid.flat:
         axes.axis("off")
-    headers = ("real", "generated", "real - generated", "overlay")
-    for i in range(len(real)):
-        panels = grid[i % lines, :4] if i < lines else grid[i % lines, 5:]
-        overlay = to_rgb(real[i]).copy()
-        overlay[size[i] > threshold] = (1, 0, 0)
-        panels[0].imshow(to_rgb(real[i]))
-        panels[1].imshow(to_rgb(generated[i]))
-        signed = panels[2].imshow(difference[i], cmap="RdBu_r", vmin=-1, vmax=1)
-        panels[3].imshow(overlay)
-        for axes, header, words in zip(panels, headers, [*captions[i], ""], strict=True):
-            axes.set_title(f"{header}\n\n{words}" if i % lines == 0 else words, fontsize=8)
-    figure.colorbar(signed, ax=grid, location="bottom", shrink=0.4, aspect=40, fraction=0.02, pad=0.01)
-    figure.suptitle(f"{title}: overlay in red where |difference| > {threshold:.2f}")
+    headers = ("real", "generated", "difference", "marked")
+    for i, words in enumerate(captions):
+        of_image = grid[i % lines, :4] if i < lines else grid[i % lines, 5:]
+        for axes, panel, header, word in zip(of_image, panels, headers, [*words, ""], strict=True):
+            axes.imshow(panel[i])
+            axes.set_title(f"{header}\n\n{word}" if i % lines == 0 else word, fontsize=8)
+    figure.suptitle(title)
     save(figure, path)
 
 

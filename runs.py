@@ -326,23 +326,27 @@ def read_fits(run_dir: Path, gan: TrainedGAN, splits: list[str], discrimination:
 
     Raises InputError if one is missing or not what its name says, or unless all are of one search.
     """
-    again = f"run fit_latent.py --run-dir {run_dir} --discrimination {discrimination} --splits"
+
+    def again(split: str) -> str:
+        which = "--images with your pictures" if split == "images" else f"--splits {split}"
+        return f"run fit_latent.py --run-dir {run_dir} --discrimination {discrimination} {which}"
+
     latents = {}
     for split in splits:
         path = latents_path(run_dir, split, discrimination)
         try:
             latents[split] = read_latents(path, split, gan)
         except InputError as error:
-            raise InputError(f"{error}: {again} {split}, which mends it") from error
+            raise InputError(f"{error}: {again(split)}, which mends it") from error
         if latents[split]["search"]["discrimination"] != discrimination:
-            raise InputError(f"{path} was not guided by the {discrimination} loss: {again} {split} again")
+            raise InputError(f"{path} was not guided by the {discrimination} loss: {again(split)} again")
     expected = latents["validation"]["search"]
     for split, found in latents.items():
         names = sorted({*expected, *found["search"]})
         if differing := [name for name in names if found["search"].get(name) != expected.get(name)]:
             raise InputError(
                 f"validation and {split} were fitted with different settings ({', '.join(differing)}): "
-                f"{again} {' '.join(splits)} for all, or remove the older"
+                f"{again('validation')} and {again(split)} with the same, or remove the older"
             )
     return latents
 
@@ -366,15 +370,15 @@ def read_baselines(run_dir: Path, gan: TrainedGAN, split: str, index: np.ndarray
     return {name: found[name][rows] for name in BASELINES}
 
 
-def fitted_images(gan: TrainedGAN, split: str, latents: dict) -> datasets.ImageSet:
-    """The images that these latents belong to. Raises InputError if the data set has changed since."""
-    image_set = datasets.open_split(gan.dataset, split, gan.normal_class)
+def fitted_images(image_set: datasets.ImageSet, split: str, latents: dict) -> datasets.ImageSet:
+    """Those images of a set that these latents belong to. Raises InputError if the set has changed since."""
     fitted = image_set.take(np.isin(image_set.index, latents["index"]))  # both in the data set's order
     for name in ("index", "label", "source"):
         if not np.array_equal(getattr(fitted, name), latents[name]):
+            again = "--images with these pictures" if split == "images" else f"--splits {split}"
             raise InputError(
-                f"the images of {gan.dataset} are not those that latents-{split}.npz was fitted to (other {name}): "
-                f"run fit_latent.py --splits {split} again"
+                f"the images of {image_set.name} are not those that latents-{split}.npz was fitted to (other {name}): "
+                f"run fit_latent.py {again} again"
             )
     return fitted
 

@@ -62,13 +62,24 @@ def test_at_own_size() -> None:
 
 
 def test_colours_and_marks() -> None:
-    heat = np.array([[0.0, 0.1, 0.2, np.nan]], np.float32)
-    colours = heatmaps.coloured(heat, 0.2)
-    assert colours.shape == (1, 4, 3) and colours[0, 0].sum() < 0.05 and colours[0, 2].sum() > 2
-    assert np.ptp(colours[0, 3]) == 0
-    assert np.isfinite(heatmaps.coloured(np.zeros((1, 2)), 0)).all()
-    picture = np.full((1, 4, 3), 0.5, np.float32)
+    heat = np.array([[0.0, 0.1, 0.2, 0.9, np.nan]], np.float32)
+    colours = heatmaps.coloured(heat, 0.2).astype(int)
+    assert colours.shape == (1, 5, 3) and colours[0, 0].sum() < 10 and colours[0, 2].sum() > 500
+    assert colours[0, 0].sum() < colours[0, 1].sum() < colours[0, 2].sum()
+    assert (colours[0, 2] == colours[0, 3]).all() and np.ptp(colours[0, 4]) == 0
+    assert (heatmaps.coloured(np.zeros((1, 2)), 0) == colours[0, 0]).all()
+    picture = np.full((1, 5, 3), 100, np.uint8)
     marked = heatmaps.marked(picture, heat, 0.1)
-    np.testing.assert_allclose(marked[0, 2], [0.8, 0.2, 0.2])
-    assert (marked[0, [0, 1, 3]] == 0.5).all()  # the level itself does not pass, nor does what was not looked at
-    assert np.asarray(heatmaps.to_picture(marked))[0, 2].tolist() == [204, 51, 51]
+    assert marked[0, 2].tolist() == marked[0, 3].tolist() == [193, 40, 40]
+    assert (marked[0, [0, 1, 4]] == 100).all()  # the level itself does not pass, nor does what was not looked at
+
+
+def test_panels() -> None:
+    x, generated = torch.tensor([-1.0, 1.0])[:, None, None, None].expand(-1, 1, 8, 8), torch.zeros(2, 1, 8, 8)
+    heat = torch.zeros(2, 8, 8)
+    heat[1, 0, 0] = 0.5
+    real, drawn, colours, marked = heatmaps.panels(x, generated, heat, level=0.4, brightest=0.5)
+    assert {part.shape for part in (real, drawn, colours, marked)} == {(2, 8, 8, 3)}
+    assert (real[0] == 0).all() and (real[1] == 255).all() and (drawn == 128).all()
+    assert (marked[0] == 0).all() and marked[1, 0, 0].tolist() == [255, 102, 102] and (marked[1, 1] == 255).all()
+    assert colours[1, 0, 0].sum() > 500 > colours[1, 1, 1].sum()

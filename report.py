@@ -1,0 +1,70 @@
+"""report.html: one file with the verdict, the figures and a gallery of every image, to look at in any browser."""
+
+import base64
+from collections.abc import Iterator
+from itertools import chain, repeat
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader
+
+import plots
+import runs
+from scoring import ScoredSplit, Verdicts
+
+# Bytes of pictures at most, which base64 makes a third longer: the file stays under 60 MB, and a browser opens it at
+# once. 10,000 images of 64x64 take about 35 MB. The most anomalous come first.
+PICTURE_BYTES = 40_000_000
+
+
+def write(
+    path: Path,
+    title: str,
+    sentences: list[str],
+    metrics: dict[str, dict],
+    figures: list[Path],
+    split: ScoredSplit,
+    ranked: np.ndarray,
+    verdict: Verdicts,
+    strips: Iterator[bytes],
+) -> None:
+    """Write the report of one split.
+
+    `sentences` open it, then come a row for each score of `metrics`, as `measures.detection_metrics` has them, the
+    `figures`, which are PNG files, and the gallery, most anomalous first as in `ranked` (N,). `strips` are the WebP
+    files of the images in that order, as many as there is room for.
+    """
+    name = "images" if "images" in verdict.p_value else "test"
+    pictures: list[str | None] = []
+    size = 0
+    for strip in strips:
+        size += len(strip)
+        if size > PICTURE_BYTES:
+            break
+        pictures.append(base64.b64encode(strip).decode())
+    rows = [
+        [
+            str(split.images.source[i]),
+            str(split.class_name[i]),
+            bool(verdict.flagged[name][i]),
+            float(f"{verdict.p_value[name][i]:.4g}"),
+            *(float(f"{values[i]:.5g}") for values in split.scores.values()),
+            picture,
+        ]
+        for i, picture in zip(ranked, chain(pictures, repeat(None)), strict=False)
+    ]
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    page = environment.get_template("report.template.html").render(
+        title=title,
+        sentences=sentences,
+        metrics=metrics,
+        labels=plots.LABELS,
+        score=verdict.score,
+        figures=[base64.b64encode(each.read_bytes()).decode() for each in figures],
+        data={"scores": list(split.scores), "verdict": verdict.score, "rows": rows},
+        classes=sorted({str(each) for each in split.class_name} - {""}),
+        without_picture=len(rows) - len(pictures),
+        level=verdict.level,
+    )
+    with runs.replacing(path) as partial:
+        partial.write_text(page, encoding="utf-8", errors="replace")

@@ -1,0 +1,180 @@
+"""From the latents and networks of a run folder to the scores of every image, for evaluate.py."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import datasets
+import measures
+import runs
+import scores
+import training
+import util
+
+MEMORY = 5000  # training images at most among which neighbours are looked for; at 64x64 with ndf 64 they take 250 MB
+# The parts of `combined`, chosen on the development half of CIFAR-10's test split, see benchmarks/cifar10_table.py
+COMBINED = ("rotation", "neighbours", "mahalanobis")
+
+
+@dataclass(frozen=True)
+class ScoredSplit:
+    """The fitted images of one split and their scores, every array in the same order."""
+
+    images: datasets.ImageSet
+    z: np.ndarray  # (N, latent_dim)
+    class_name: np.ndarray  # (N,) str, "" for pictures without labels
+    is_anomaly: np.ndarray  # (N,) bool, False for pictures without labels
+    scores: dict[str, np.ndarray]  # by name: anomaly_score, residual, discrimination, peak, ...; each (N,)
+    seconds: dict[str, float]  # by name, for those that were computed here and not read
+
+
+@torch.no_grad()
+def remember_training(
+    gan: runs.TrainedGAN, rotnet: nn.Module, batch_size: int, device: torch.device
+) -> scores.NormalFeatures:
+    """What RotNet makes of MEMORY training images, evenly spaced if there are more.
+
+    Raises InputError if the training images have changed since.
+    """
+    images = training.images_of_gan(gan, skip_unreadable=True, processes=1)
+    rows = np.unique(np.linspace(0, len(images) - 1, MEMORY).round().astype(np.int64))
+    chunks = datasets.chunks(range(len(rows)), batch_size)
+    return scores.normal_features(rotnet, (datasets.to_model(images[rows[part]], device) for part in chunks))
+
+
+@torch.no_grad()
+def score_split(
+    gan: runs.TrainedGAN,
+    image_set: datasets.ImageSet,
+    latents: dict,
+    by_name: dict[str, scores.Score],
+    batch_size: int,
+    device: torch.device,
+) -> ScoredSplit:
+    """A(x) and its parts R and D as the search left them, and the scores `by_name`, of a set's images."""
+    batches = datasets.chunks(range(len(image_set)), batch_size)
+    decoded = datasets.image_batches(image_set, batches, gan.image_size, gan.image_channels)
+    found, seconds = {name: [] for name in by_name}, dict.fromkeys(by_name, 0.0)
+    for images, positions, _ in decoded:
+        x = datasets.to_model(images, device).contiguous(memory_format=torch.channels_last)
+        generated = gan.generator(torch.from_numpy(latents["z"][positions]).to(device))
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)  # or the first score would wait for what has been started
+        for name, score in by_name.items():
+            begun = time.monotonic()
+            found[name].append(score(x, generated).cpu())
+            seconds[name] += time.monotonic() - begun
+    is_labelled = image_set.label >= 0
+    return ScoredSplit(
+        images=image_set,
+        z=latents["z"],
+        class_name=np.where(is_labelled, np.array(gan.classes)[image_set.label], ""),
+        is_anomaly=is_labelled & (image_set.label != gan.classes.index(gan.normal_class)),
+        scores={
+            "anomaly_score": runs.fitted_score(latents),
+            "residual": latents["residual"],
+            "discrimination": latents["discrimination"],
+            **{name: torch.cat(parts).numpy() for name, parts in found.items()},
+        },
+        seconds=seconds,
+    )
+
+
+def score_run(
+    run_dir: Path, gan: runs.TrainedGAN, image_sets: dict[str, datasets.ImageSet], batch_size: int, device: torch.device
+) -> tuple[dict[str, ScoredSplit], dict[str, Any]]:
+    """Every score that the run folder allows, of these sets' images that were searched; and what they rest on.
+
+    `image_sets` are by split, `validation` among them. Unless one of them is `images`, the pictures without labels,
+    the scores of GAN_R and of the baselines are there too if these were run. Raises InputError if a file is missing,
+    damaged or of something else.
+    """
+    splits = list(image_sets)
+    is_labelled = "images" not in splits
+    fits, references = runs.read_fits(run_dir, gan, splits), {}
+    if is_labelled and any(runs.latents_path(run_dir, split, "reference").is_file() for split in splits):
+        references = runs.read_fits(run_dir, gan, splits, "reference")
+    encoder = runs.load_encoder(run_dir, gan, device) if (run_dir / "encoder.pt").is_file() else None
+    acae = runs.load_acae(run_dir, gan, device) if (run_dir / "acae.pt").is_file() else None
+    rotnet = runs.load_rotnet(run_dir, gan, device) if (run_dir / "rotnet.pt").is_file() else None
+    normal = remember_training(gan, rotnet.network, batch_size, device) if rotnet else None
+    by_name = scores.by_name(gan, encoder, acae, rotnet, normal)
+
+    scored = {}
+    for split, image_set in image_sets.items():
+        fitted = runs.fitted_images(image_set, split, fits[split])
+        scored[split] = score_split(gan, fitted, fits[split], by_name, batch_size, device)
+        if references:
+            if not np.array_equal(references[split]["index"], fits[split]["index"]):
+                raise util.InputError(
+                    f"the two searches of {split} are not of the same images: run fit_latent.py with --discrimination "
+                    "features and with reference, and the same --max-images"
+                )
+            scored[split].scores["gan_r"] = runs.fitted_score(references[split])
+        if is_labelled:
+            scored[split].scores.update(runs.read_baselines(run_dir, gan, split, fitted.index))
+    if len({tuple(split.scores) for split in scored.values()}) > 1:
+        raise util.InputError(
+            f"not every split has baselines: run fit_baselines.py --run-dir {run_dir} --splits {' '.join(splits)}"
+        )
+    if rotnet:
+        of_validation = [scored["validation"].scores[name] for name in COMBINED]
+        for split in scored.values():
+            split.scores["combined"] = scores.combined([split.scores[name] for name in COMBINED], of_validation)
+    return scored, {
+        "normal_class": gan.normal_class,
+        "gan": gan.fingerprint,
+        "search": fits["validation"]["search"],
+        "search_gan_r": references["validation"]["search"] if references else None,
+        "encoder": {"epoch": encoder.epoch, "kappa": encoder.kappa, "file": encoder.fingerprint} if encoder else None,
+        "acae": {"epoch": acae.epoch, "file": acae.fingerprint} if acae else None,
+        "rotnet": {"epoch": rotnet.epoch, "file": rotnet.fingerprint} if rotnet else None,
+    }
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What one score says of every image, by split, and from where on a difference is marked."""
+
+    score: str
+    threshold: float  # above which a p-value is at most alpha; infinite if there are too few validation normals
+    p_value: dict[str, np.ndarray]  # (N,) each
+    flagged: dict[str, np.ndarray]  # (N,) bool each
+    level: float  # of heatmaps.difference: at most a share alpha of normals has a pixel that passes it
+    brightest: float  # the largest difference among validation normals
+
+
+def verdicts(scored: dict[str, ScoredSplit], score: str | None, alpha: float, fdr: float | None) -> Verdicts:
+    """P-values and flags of a score, by default `combined` if it is there; all from validation normals alone.
+
+    Raises InputError if there is no such score.
+    """
+    normals = scored["validation"].scores
+    score = score or ("combined" if "combined" in normals else "anomaly_score")
+    if score not in normals:
+        raise util.InputError(f"--score {score} needs a script that has not been run: there are {', '.join(normals)}")
+    p_value = {name: measures.p_values(split.scores[score], normals[score]) for name, split in scored.items()}
+    return Verdicts(
+        score=score,
+        threshold=measures.threshold(normals[score], alpha),
+        p_value=p_value,
+        flagged={name: measures.flags(values, alpha, fdr) for name, values in p_value.items()},
+        level=measures.threshold(normals["peak"], alpha),
+        brightest=float(normals["peak"].max()),
+    )
+
+
+@torch.no_grad()
+def real_and_generated(
+    gan: runs.TrainedGAN, split: ScoredSplit, rows: np.ndarray, batch_size: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and G(z) of some rows of a split, each (N, C, H, W) in [-1, 1], on the CPU."""
+    images, _ = datasets.load_images(split.images.take(rows), gan.image_size, gan.image_channels)
+    z = torch.from_numpy(split.z[rows]).to(device)
+    generated = torch.cat([gan.generator(batch).cpu() for batch in z.split(batch_size)])
+    return datasets.to_model(images), generated
