@@ -3,8 +3,8 @@
     python examples/planted_defects.py                     # data/washers/, in colour
     python examples/planted_defects.py --grey              # data/washers-grey/
 
-Draws train/good, test/good, test/scratch, test/blot, test/missing and, in MVTec AD's layout, the masks of the defects in
-ground_truth/. new/ holds pictures of both kinds without labels. The same seed draws the same pictures.
+Draws train/good, test/good, test/scratch, test/blot, test/missing and, in MVTec AD's layout, masks of the defects
+in ground_truth/. new/ holds pictures of both kinds without labels. The same seed draws the same pictures.
 """
 
 import shutil
