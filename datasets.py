@@ -145,8 +145,8 @@ def _open_folder(root: Path, part: str) -> ImageSet:
 def open_pictures(paths: Sequence[str]) -> ImageSet:
     """Pictures without labels: files, folders of any depth and glob patterns, each picture once, sorted by name.
 
-    A picture's source is its path as it was given, its label -1. The set has the name of the folder that holds them
-    all, or of the only picture. Raises InputError, naming the path, if one holds or matches no picture.
+    A picture's source is its path as it was given, its label -1. The set has the name of the folder that was given or
+    that holds them all, or of the only picture. Raises InputError, naming the path, if one holds or matches no picture.
     """
     found: dict[str, str] = {}  # by where it really is
     for path in map(str, paths):
@@ -164,11 +164,14 @@ def open_pictures(paths: Sequence[str]) -> ImageSet:
             )
         found |= {os.path.realpath(each): each for each in matches}
     source = sorted(found.values())
-    together = (
-        Path(source[0]) if len(source) == 1 else Path(os.path.commonpath([Path(each).resolve() for each in source]))
-    )
+    if len(paths) == 1 and Path(paths[0]).is_dir():
+        name = Path(paths[0]).resolve().name
+    elif len(source) == 1:
+        name = Path(source[0]).stem
+    else:
+        name = Path(os.path.commonpath([Path(each).resolve() for each in source])).name
     return ImageSet(
-        name=together.stem if len(source) == 1 else together.name,
+        name=name or "root",
         classes=[],
         index=np.arange(len(source), dtype=np.int64),
         label=np.full(len(source), -1, np.int64),

@@ -358,4 +358,4 @@ def judge_pictures(config: Config, run_dir: Path, gan: runs.TrainedGAN, device: 
 
 if __name__ == "__main__":
     with util.clear_errors():
-        main(tyro.cli(Config, description=__doc__))
+        main(tyro.cli(Config, description=util.help_text(__doc__)))

@@ -40,6 +40,7 @@ class Config:
     weight_decay: float = 1e-5  # Adam's pull of the weights towards 0
     checkpoint_every: str = "10m"  # minutes (10m) or steps (500) between two writes of acae.pt, losses and samples
     fresh: bool = False  # start over, and replace acae.pt, instead of going on from there
+    tensorboard: bool = False  # also log the losses to tensorboard/ in the run folder, if tensorboard is installed
     seed: int = 0  # of the first weights and the order of the images
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda, cuda:1, cpu, ...
     precision: util.Precision = "auto"  # of the convolutions; auto: bf16 where the hardware multiplies it faster
@@ -128,4 +129,4 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     with util.clear_errors():
-        main(tyro.cli(Config, description=__doc__))
+        main(tyro.cli(Config, description=util.help_text(__doc__)))

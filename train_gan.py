@@ -5,13 +5,15 @@
     python train_gan.py --dataset DIR --normal-class good   # your own pictures: DIR/train/good/, DIR/test/good/, ...
     torchrun --standalone --nproc-per-node=8 train_gan.py   # on eight GPUs
 
-Writes gan.pt, losses.csv, losses.png, samples.png, samples.gif and run.json to outputs/<data set>-<normal class>/.
-However it was stopped, the same command goes on from the last gan.pt to the same weights. Next: python fit_latent.py
+Writes gan.pt, losses.csv, losses.png, samples.png, samples.gif, reconstructions.png and run.json to
+outputs/<data set>-<normal class>/. However it was stopped, the same command goes on from the last gan.pt to the same
+weights. At its end it says how well G draws normal pictures that it has not seen. Next: python fit_latent.py
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import tyro
 from torch.nn import SyncBatchNorm
@@ -19,10 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
 
 import datasets
+import plots
 import runs
 import training
 import util
 from network import Discriminator, Generator, channel_multipliers, initialise_weights
+from search import draw_candidates, nearest_candidates, search_latents
 
 CURVES = {
     "Losses": {"loss_d": "D loss", "loss_g": "G loss"},
@@ -45,6 +49,7 @@ class Config:
     weight_decay: float = 1e-5  # Adam's pull of the weights towards 0
     checkpoint_every: str = "10m"  # minutes (10m) or steps (500) between two writes of gan.pt, losses and samples
     fresh: bool = False  # start over, and replace what run_dir holds, instead of going on from there
+    tensorboard: bool = False  # also log the losses to tensorboard/ in the run folder, if tensorboard is installed
     sync_batchnorm: bool = False  # under torchrun on GPUs, BatchNorm over all processes; alone each is faster
     seed: int = 0  # of the first weights, the order of the images and the latents
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda, cuda:1, cpu, ...
@@ -111,10 +116,17 @@ def main(config: Config) -> None:
         images = training.load_training_images(normal, config.image_size, 3, config.skip_unreadable, processes)
         if (images[:, :1] == images[:, 1:]).all():  # every one of them is grey
             images = images[:, :1].contiguous()
+        # For the check at the end; an unreadable one must not end it after hours
+        validation = datasets.open_split(config.dataset, "validation", config.normal_class)
+        some = validation.take(np.unique(np.linspace(0, len(validation) - 1, 32).round().astype(np.int64)))
+        unseen, _ = datasets.load_images(some, config.image_size, images.shape[1], config.skip_unreadable)
         run_dir = config.run_dir or Path("outputs") / f"{normal.name}-{normal.classes[normal.label[0]]}"
         run_dir.mkdir(parents=True, exist_ok=True)
         with runs.run_folder(run_dir):
             train(config, normal, images, run_dir, device, processes)
+            if util.rank() == 0 and len(unseen) > 0:
+                check_reconstruction(run_dir, images, unseen, device)
+            print(f"next: python fit_latent.py --run-dir {run_dir}")
 
 
 def train(
@@ -165,9 +177,34 @@ def train(
         draw_samples=lambda: training.draw(generator, lambda: generator(fixed_z)),
         about={"classes": normal.classes, "normal_class": normal_class, "image_channels": channels},
     )
-    print(f"next: python fit_latent.py --run-dir {run_dir}")
+
+
+def check_reconstruction(run_dir: Path, images: torch.Tensor, unseen: torch.Tensor, device: torch.device) -> None:
+    """Search some validation normals as fit_latent.py will by default, and say how well G draws them.
+
+    `images` are those of the training and `unseen` those to draw, uint8 (N, C, H, W) and (M, C, H, W). What G leaves is
+    set against what the mean of the training images, which a picture of nothing would do as well as, leaves.
+    """
+    gan = runs.load_gan(run_dir, device)
+    x = datasets.to_model(unseen, device).contiguous(memory_format=torch.channels_last)
+    candidates = draw_candidates(gan.generator, gan.latent_dim, count=1000, seed=0)
+    start = nearest_candidates(x, candidates)
+    z, residual, _ = search_latents(gan.generator, gan.discriminator, x, start, 100, 0.4, discrimination_weight=0.1)
+    mean = datasets.to_model(images.float().mean(0), device)
+    # shares of the range from black to white, 2, a pixel
+    left, left_by_mean = (
+        float(sums.mean()) / x[0].numel() / 2 for sums in (residual, util.residual_loss(x, mean[None]))
+    )
+    explained = 1 - left / left_by_mean if left_by_mean > 0 else 0.0
+    real, drawn = (plots.grid(datasets.to_display(each).cpu()) for each in (x, gan.generator(z)))
+    plots.samples(run_dir / "reconstructions.png", real, drawn, f"{run_dir.name}: normal images G has not seen, G(z)")
+    print(
+        f"reconstruction check: G(z) leaves {left:.3f} of the range from black to white in {len(x)} validation "
+        f"normals, the mean picture leaves {left_by_mean:.3f}: G explains {explained:.0%}, see "
+        f"{run_dir / 'reconstructions.png'}"
+    )
 
 
 if __name__ == "__main__":
     with util.clear_errors():
-        main(tyro.cli(Config, description=__doc__))
+        main(tyro.cli(Config, description=util.help_text(__doc__)))

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ def check_config(config: Any) -> None:
     util.check_at_least(config, 0, "lr", "weight_decay")
     util.check_seed(config.seed)
     checkpoint_interval(config.checkpoint_every)
+    if config.tensorboard and find_spec("tensorboard") is None:
+        raise util.InputError("--tensorboard needs a package that is not installed: pip install tensorboard")
 
 
 def checkpoint_interval(text: str) -> tuple[float, float]:
@@ -129,7 +132,7 @@ def weight_settings(
     config: Any, normal_class: str, precision: str, processes: int, training_images: str
 ) -> dict[str, object]:
     """All that decides what the weights become, hardware aside; the images by their `checksum`."""
-    elsewhere = ("device", "compile", "checkpoint_every", "fresh", "run_dir", "skip_unreadable")
+    elsewhere = ("device", "compile", "checkpoint_every", "fresh", "run_dir", "skip_unreadable", "tensorboard")
     return {name: value for name, value in asdict(config).items() if name not in elsewhere} | {
         "normal_class": normal_class,
         "precision": precision,
@@ -296,6 +299,12 @@ def train(
             f"the training diverged at step {at_step} ({what} is not finite): lower --lr and use --fresh; {kept}"
         )
 
+    writer = None
+    if config.tensorboard and rank == 0:
+        from torch.utils.tensorboard import SummaryWriter  # a slow import that only this flag needs
+
+        writer = SummaryWriter(run_dir / "tensorboard" / path.stem, purge_step=step)
+
     # Training
     saved, saved_at = step, time.monotonic()
     recent: list[torch.Tensor] = []  # rows of the history, still on the device: reading them waits for the GPU
@@ -320,6 +329,10 @@ def train(
                     first = (~rows.isfinite()).any(1).nonzero()[0].item()
                     raise diverged("a loss", step - len(rows) + first + 1)
                 history.append(rows)
+                if writer:
+                    for at, row in enumerate(rows.tolist(), step - len(rows)):
+                        for name, value in zip(labels, row, strict=True):
+                            writer.add_scalar(name, value, at)
                 bar.set_description(f"epoch {step / steps_per_epoch:.1f}", refresh=False)
                 newest = zip(labels.values(), rows[-1].tolist(), strict=True)
                 bar.set_postfix_str(", ".join(f"{label} {value:.3f}" for label, value in newest), refresh=False)
@@ -337,6 +350,8 @@ def train(
                 again = "the same command" + (" without --fresh" if config.fresh else "")
                 print(f"stopped after step {step} of {steps}, which {path} holds: {again} goes on from there")
                 sys.exit(128 + (signals or [signal.SIGTERM])[0])
+    if writer:
+        writer.close()
     if rank == 0:
         write_pictures()  # with nothing left to train too: the last start may have been killed before it came here
     print(f"wrote {run_dir}/: {path.name} {' '.join(each.name for each in beside.values())} run.json")

@@ -3,8 +3,10 @@
 import contextlib
 import math
 import os
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, Literal
@@ -41,6 +43,19 @@ def clear_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; every file written is whole", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def help_text(doc: str) -> str:
+    """A script's docstring for --help: its paragraphs wrapped to the terminal, its examples as they are.
+
+    The space before each line keeps tyro from joining the lines again.
+    """
+    width = min(120, shutil.get_terminal_size().columns) - 1
+    paragraphs = (
+        part if part.startswith(" ") else textwrap.fill(part, width, initial_indent=" ", subsequent_indent=" ")
+        for part in doc.strip().split("\n\n")
+    )
+    return "\n\n".join(paragraphs)
 
 
 def check_at_least(config: Any, minimum: float, *names: str) -> None:

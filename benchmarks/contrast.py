@@ -63,4 +63,4 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     with util.clear_errors():
-        main(tyro.cli(Config, description=__doc__))
+        main(tyro.cli(Config, description=util.help_text(__doc__)))

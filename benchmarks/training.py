@@ -177,4 +177,4 @@ def draw_curves(path: Path, curves: dict[str, np.ndarray], config: Config) -> No
 
 if __name__ == "__main__":
     with util.clear_errors():
-        main(tyro.cli(Config, description=__doc__))
+        main(tyro.cli(Config, description=util.help_text(__doc__)))

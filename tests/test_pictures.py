@@ -165,7 +165,7 @@ def test_heat_maps_find_planted_defects(tmp_path: Path, run_here: Callable[..., 
         if patch:
             mask[patch[0] : patch[0] + 7, patch[1] : patch[1] + 7] = True
             pixels[mask] = 250
-            mask_path = Path(str(path).replace("test", "ground_truth")).with_name(f"{path.stem}_mask.png")
+            mask_path = tmp_path / "discs/ground_truth" / path.parent.name / f"{path.stem}_mask.png"
             mask_path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(mask).save(mask_path)
         path.parent.mkdir(parents=True, exist_ok=True)

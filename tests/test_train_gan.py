@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
@@ -184,3 +185,35 @@ def test_same_seed_same_weights(digits_workdir: Path, run_here: Callable[..., No
         weights = getattr(first, name).state_dict()
         for key, tensor in getattr(again, name).state_dict().items():
             assert torch.equal(tensor, weights[key])
+
+
+def test_reconstruction_check(digits_workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """G that draws its images exactly explains all, one that draws the mean picture nothing."""
+    run_dir = shutil.copytree(digits_workdir / "outputs/digits-0", tmp_path / "run")
+    gan = runs.load_gan(run_dir, torch.device("cpu"))
+    known = gan.generator(torch.randn(6, gan.latent_dim, generator=torch.Generator().manual_seed(0)))
+    known = ((known + 1) * 127.5).round().to(torch.uint8)
+    train_gan.check_reconstruction(run_dir, known, known[:3], torch.device("cpu"))
+    printed = capsys.readouterr().out
+    assert int(printed.split("G explains ")[1].split("%")[0]) > 60 and (run_dir / "reconstructions.png").is_file()
+    noise = torch.randint(0, 256, known.shape, generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    train_gan.check_reconstruction(run_dir, noise, noise[:3], torch.device("cpu"))
+    assert int(capsys.readouterr().out.split("G explains ")[1].split("%")[0]) < 20
+
+
+def test_tensorboard_has_the_losses(
+    tmp_path: Path, run_here: Callable[..., None], fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
+    flags = ["train_gan.py", "--dataset", "digits", *TINY, "--tensorboard"]
+    run_here(*flags, "--epochs", "1")
+    run_here(*flags, "--epochs", "2")  # goes on
+    with (tmp_path / "outputs/digits-1/losses.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    events = accumulator(str(tmp_path / "outputs/digits-1/tensorboard/gan"))
+    events.Reload()
+    logged = events.Scalars("loss_d")
+    assert [event.step for event in logged] == [int(row["step"]) for row in rows]
+    np.testing.assert_allclose([event.value for event in logged], [float(row["loss_d"]) for row in rows], rtol=1e-4)
+    monkeypatch.setattr("training.find_spec", lambda name: None)
+    assert "--tensorboard needs a package that is not installed: pip install tensorboard" in fails(*flags)

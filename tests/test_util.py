@@ -211,3 +211,14 @@ def test_newest_run_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert runs.find_run(None) == Path("outputs/b")
     with pytest.raises(InputError, match=r"has no gan\.pt"):
         runs.find_run(Path("outputs/d"))
+
+
+def test_help_is_wrapped_and_its_examples_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    example = "    python x.py --flag    # an example that is longer than forty columns"
+    wrapped = util.help_text(
+        f"One line that says what it does, in more than forty columns.\n\n{example}\n\nThen\nmore.\n"
+    )
+    lines = wrapped.splitlines()
+    assert example in lines and lines[-1] == " Then more."
+    assert all(line.startswith(" ") and len(line) <= 40 for line in lines if line and line != example)
