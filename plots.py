@@ -83,7 +83,8 @@ def grid(images: torch.Tensor) -> Image.Image:
 
 def samples(path: Path, real: Image.Image, generated: Image.Image, title: str) -> None:
     """A grid of real images beside one of generated ones."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 6), layout="constrained")
+    height = 0.6 + 5.4 * real.height / real.width
+    figure, panels = plt.subplots(1, 2, figsize=(11, height), layout="constrained")
     for axes, picture, name in zip(panels, (real, generated), ("real", "generated"), strict=True):
         axes.imshow(picture)
         axes.set_title(name)

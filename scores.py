@@ -4,7 +4,7 @@ High means anomalous, for every score. A(x), R and D stand in util.py, where the
 loss of f-AnoGAN's encoder.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,18 +111,18 @@ def mahalanobis(rotnet: nn.Module, x: torch.Tensor, normal: NormalFeatures) -> t
     return distance
 
 
-def combined(parts: list[np.ndarray], of_validation: list[np.ndarray]) -> np.ndarray:
-    """The sum of some scores' logarithms (N,), each less its mean over validation normals (V,), in their standard
-    deviations.
+def combined(parts: list[np.ndarray], of_validation: list[np.ndarray], weights: Sequence[float]) -> np.ndarray:
+    """The weighted sum of some scores' logarithms (N,), each less its mean over validation normals (V,), in their
+    standard deviations.
 
     The logarithm, or the score with the longest tail would drown the others. Scores are distances or losses, from 0 up;
     those under 1e-6, which rounding can bring about, count as 1e-6. A part that is the same for all validation
     normals, or of which there is but one, is not scaled.
     """
     total = np.zeros(len(parts[0]))
-    for part, normal in zip(parts, of_validation, strict=True):
+    for part, normal, weight in zip(parts, of_validation, weights, strict=True):
         part, normal = (np.log(np.maximum(values, 1e-6, dtype=np.float64)) for values in (part, normal))
-        total += (part - normal.mean()) / (normal.std() or 1.0)
+        total += weight * (part - normal.mean()) / (normal.std() or 1.0)
     return total
 
 

@@ -17,8 +17,9 @@ import training
 import util
 
 MEMORY = 5000  # training images at most among which neighbours are looked for; at 64x64 with ndf 64 they take 250 MB
-# The parts of `combined`, chosen on the development half of CIFAR-10's test split, see benchmarks/cifar10_table.py
-COMBINED = ("rotation", "neighbours", "mahalanobis")
+# The parts of `combined` and their weights: RotNet's verdict, and two distances in its features that share a weight.
+# Chosen on the development half of CIFAR-10's test split, see benchmarks/cifar10_table.py
+COMBINED = {"rotation": 1.0, "neighbours": 0.5, "mahalanobis": 0.5}
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,9 @@ def score_run(
     if rotnet:
         of_validation = [scored["validation"].scores[name] for name in COMBINED]
         for split in scored.values():
-            split.scores["combined"] = scores.combined([split.scores[name] for name in COMBINED], of_validation)
+            split.scores["combined"] = scores.combined(
+                [split.scores[name] for name in COMBINED], of_validation, list(COMBINED.values())
+            )
     return scored, {
         "normal_class": gan.normal_class,
         "gan": gan.fingerprint,

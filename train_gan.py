@@ -197,7 +197,7 @@ def check_reconstruction(run_dir: Path, images: torch.Tensor, unseen: torch.Tens
     )
     explained = 1 - left / left_by_mean if left_by_mean > 0 else 0.0
     real, drawn = (plots.grid(datasets.to_display(each).cpu()) for each in (x, gan.generator(z)))
-    plots.samples(run_dir / "reconstructions.png", real, drawn, f"{run_dir.name}: normal images G has not seen, G(z)")
+    plots.samples(run_dir / "reconstructions.png", real, drawn, f"{run_dir.name}: normal images that G has not seen")
     print(
         f"reconstruction check: G(z) leaves {left:.3f} of the range from black to white in {len(x)} validation "
         f"normals, the mean picture leaves {left_by_mean:.3f}: G explains {explained:.0%}, see "

@@ -4,10 +4,11 @@
     python train_rotnet.py --run-dir outputs/cifar10-automobile --epochs 15
     torchrun --standalone --nproc-per-node=8 train_rotnet.py   # on eight GPUs
 
-To tell, it must know what the object is, not only its texture. It suits pictures that have an upright, and whose mirror
-images are normal too. From gan.pt it takes the data set, the normal class and the sizes, no weights. Writes rotnet.pt,
-rotnet-losses.csv and .png to the run folder, and adds to its run.json. However it was stopped, the same command goes on
-from the last rotnet.pt. evaluate.py then has more scores. Next: python evaluate.py
+To tell, it must know what the object is, not only its texture, nor its colours, which are changed at random. It suits
+pictures that have an upright, and whose mirror images are normal too. From gan.pt it takes the data set, the normal
+class and the sizes, no weights. Writes rotnet.pt, rotnet-losses.csv and .png to the run folder, and adds to its
+run.json. However it was stopped, the same command goes on from the last rotnet.pt. evaluate.py then has more scores.
+Next: python evaluate.py
 """
 
 from dataclasses import dataclass
@@ -60,12 +61,25 @@ def augmented(x: torch.Tensor) -> torch.Tensor:
     return padded[image, channel, rows, columns]  # (N, C, H, W)
 
 
+def recoloured(x: torch.Tensor) -> torch.Tensor:
+    """Images (N, C, H, W), each in another brightness, contrast and saturation at random, a fifth of them in grey."""
+
+    def around(middle: float, reach: float) -> torch.Tensor:
+        return middle + reach * (2 * torch.rand(len(x), 1, 1, 1, device=x.device) - 1)
+
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = mean + around(1, 0.4) * (x - mean) + around(0, 0.2)
+    is_grey = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.2
+    grey = x.mean(1, keepdim=True)
+    return grey + torch.where(is_grey, 0, around(1, 0.6)) * (x - grey)
+
+
 def train_step(rotnet: nn.Module, optimizer: Adam, x: torch.Tensor, autocast: torch.autocast) -> torch.Tensor:
-    """One step on images (N, C, H, H), moved at random and each in all four turns.
+    """One step on images (N, C, H, H), moved and recoloured at random and each in all four turns.
 
     Returns the cross-entropy with the turn and the share of turns told right, (2,), on the device.
     """
-    x = augmented(x)
+    x = recoloured(augmented(x))
     images = torch.cat([x.rot90(turn, (2, 3)) for turn in range(4)])  # (4 N, C, H, H)
     images = images.contiguous(memory_format=torch.channels_last)
     turn = torch.arange(4, device=x.device).repeat_interleave(len(x))

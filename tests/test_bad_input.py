@@ -140,11 +140,6 @@ def test_wrong_flags_of_the_search(trained: Path, fails: Fails, flags: list[str]
     assert (trained / "latents-test.npz").read_bytes() == before
 
 
-@pytest.mark.parametrize("quantile", ["0", "1", "95", "nan"])
-def test_wrong_quantile(trained: Path, fails: Fails, quantile: str) -> None:
-    assert "--quantile must lie between 0 and 1" in fails("evaluate.py", "--quantile", quantile)
-
-
 def test_latents_of_another_gan(trained: Path, fails: Fails) -> None:
     state = torch.load(trained / "gan.pt", weights_only=True)
     state["generator"]["layers.0.weight"] += 1e-3

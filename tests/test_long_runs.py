@@ -199,7 +199,7 @@ def test_full_disk(whole: Path, trained: Path, tmp_path: Path, digits_workdir: P
     run_dir = tmp_path / "outputs/digits-0"
     shutil.copytree(digits_workdir / "outputs/digits-0", run_dir)
     before = {path.name: path.read_bytes() for path in run_dir.glob("*")}
-    no_room(["evaluate.py", "--run-dir", "outputs/digits-0", "--quantile", "0.9", "--device", "cpu"], 1000)
+    no_room(["evaluate.py", "--run-dir", "outputs/digits-0", "--alpha", "0.1", "--device", "cpu"], 1000)
     assert before == {path.name: path.read_bytes() for path in run_dir.glob("*")}
 
 
@@ -443,10 +443,10 @@ def test_bad_flags_never_end_in_a_traceback(
         "train_gan.py": "image-size latent-dim batch-size generator-steps lr weight-decay checkpoint-every seed "
         "precision normal-class dataset device",
         "fit_latent.py": "splits max-images steps lr discrimination-weight candidates batch-size shard-size seed "
-        "precision device run-dir init",
+        "precision device run-dir init images",
         "train_encoder.py": "epochs batch-size kappa lr weight-decay checkpoint-every seed precision device run-dir",
         "train_acae.py": "epochs batch-size l1-weight lr weight-decay checkpoint-every seed precision device run-dir",
-        "evaluate.py": "quantile bootstrap batch-size seed device run-dir",
+        "evaluate.py": "alpha fdr images score bootstrap batch-size seed device run-dir",
     }
     base = {
         "train_gan.py": ["--dataset", "digits", "--epochs", "1", *TINY, "--run-dir", "outputs/other", "--fresh"],

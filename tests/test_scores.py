@@ -87,12 +87,13 @@ def test_combined_by_hand() -> None:
     parts, normal = [np.array([3.0, 0.0]), np.array([10.0, 40.0])], [np.array([1.0, 2.0]), np.array([10.0, 30.0])]
     parts, normal = [2 ** np.array(part) for part in parts], [2 ** np.array(part) for part in normal]
     # of the logarithms: the base does not matter
-    np.testing.assert_allclose(scores.combined(parts, normal), [(3 - 1.5) / 0.5 + (10 - 20) / 10, -3 + 2])
+    np.testing.assert_allclose(scores.combined(parts, normal, [1, 4]), [3 + 4 * (10 - 20) / 10, -3 + 4 * 2])
     # a part that is the same for all validation normals, or for the only one there is
     for same in ([3], [3, 3]):
-        np.testing.assert_allclose(scores.combined([np.float32([12, 1])], [np.float32(same)]), np.log([4, 1 / 3]))
+        found = scores.combined([np.float32([12, 1])], [np.float32(same)], [1])
+        np.testing.assert_allclose(found, np.log([4, 1 / 3]))
     # a distance that rounding has put at or below 0
-    found = scores.combined([np.float32([-1e-7, 0, 1e-6])], [np.float32([1e-3, 1])])
+    found = scores.combined([np.float32([-1e-7, 0, 1e-6])], [np.float32([1e-3, 1])], [1])
     assert np.isfinite(found).all() and np.ptp(found) < 1e-6
 
 
@@ -110,6 +111,25 @@ def test_augmented_images_are_mirrored_and_moved() -> None:
     offsets = torch.where(steps > 0, middle - 16, middle - 15)
     assert offsets.abs().max() == 3 and len(offsets.unique()) == 7  # up to a tenth of the side, either way
     assert torch.equal(images, images[:, :, :1].expand_as(images))  # rows are alike, so nothing else has moved
+
+
+def test_recoloured_images_keep_their_shapes() -> None:
+    torch.manual_seed(0)
+    image = torch.rand(1, 3, 8, 8) - 0.5
+    found = train_rotnet.recoloured(image.expand(500, -1, -1, -1))
+    grey = image.mean(1)
+    levels = found.mean(1)  # (500, 8, 8), whose contrast and brightness alone have changed
+    contrast = (levels - levels.mean((1, 2), keepdim=True)).norm(dim=(1, 2)) / (grey - grey.mean()).norm()
+    assert 0.6 <= contrast.min() < 0.65 and 1.35 < contrast.max() <= 1.4 + 1e-5
+    brighter = levels.mean((1, 2)) - grey.mean()
+    assert -0.2 - 1e-5 <= brighter.min() < -0.17 and 0.17 < brighter.max() <= 0.2 + 1e-5
+    correlation = torch.corrcoef(torch.cat([grey.flatten(1), levels.flatten(1)]))[0]
+    assert correlation.min() > 0.999  # what was darker is darker still, everywhere
+    saturation = (found - levels[:, None]).flatten(1).norm(dim=1) / (image - grey[:, None]).norm() / contrast
+    assert 60 < (saturation < 1e-4).sum() < 140  # grey
+    assert 0.4 - 1e-4 <= saturation[saturation > 1e-4].min() < 0.45 and 1.55 < saturation.max() <= 1.6 + 1e-4
+    one_channel = image[:, :1].expand(5, -1, -1, -1)
+    assert train_rotnet.recoloured(one_channel).shape == one_channel.shape
 
 
 def test_rotnet_learns_to_tell_turns() -> None:
@@ -171,8 +191,8 @@ def test_scores_csv_by_hand(digits_workdir: Path) -> None:
             for name, values in zip(("rotation", "neighbours", "mahalanobis"), parts[split], strict=True):
                 np.testing.assert_allclose([float(row[name]) for row in rows[split]], values, rtol=1e-3, atol=1e-5)
     combined = sum(
-        (np.log(part) - np.log(normal).mean()) / np.log(normal).std()
-        for part, normal in zip(parts["test"], parts["validation"], strict=True)
+        weight * (np.log(part) - np.log(normal).mean()) / np.log(normal).std()
+        for part, normal, weight in zip(parts["test"], parts["validation"], (1, 0.5, 0.5), strict=True)
     )
     np.testing.assert_allclose([float(row["combined"]) for row in rows["test"]], combined, rtol=1e-2, atol=1e-2)
 
@@ -185,8 +205,9 @@ def test_the_verdict_may_rest_on_any_score(
         rows = read_scores(trained)
         validation = np.array([float(row[score]) for row in rows if row["split"] == "validation"])
         for row in rows:
-            assert float(row["p_value"]) == pytest.approx((validation >= float(row[score])).mean(), abs=1e-6)
-            assert row["flagged"] == str(int(float(row[score]) > np.quantile(validation, 0.95)))
+            p_value = (1 + (validation >= float(row[score])).sum()) / (1 + len(validation))
+            assert float(row["p_value"]) == pytest.approx(p_value, abs=1e-6)
+            assert row["flagged"] == str(int(p_value <= 0.05))
     assert "unknown score 'kdee': choose --score from anomaly_score, " in fails("evaluate.py", "--score", "kdee")
     (trained / "rotnet.pt").unlink()
     message = fails("evaluate.py", "--device", "cpu", "--score", "combined")
