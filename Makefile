@@ -1,4 +1,5 @@
 # make demo      the three scripts on scikit-learn's digits: a first result in minutes, no download of data
+# make washers   the same on pictures with planted defects, and a verdict on new ones: docs/your-own-images.md
 # make test      the test suite
 # make bench     the search and the training against the usual loops: two tables and two JSON files in under 10 minutes
 # make table     every class of CIFAR-10 in turn against the nine others: hours; goes on where it stopped
@@ -16,23 +17,40 @@ BENCH_DATA := --dataset digits
 # for the JPEG copy: make table TABLE="--dataset data/cifar10-jpeg --seeds 0 1 2"
 TABLE :=
 
-.PHONY: demo test bench table cifar10 lint clean
+.PHONY: demo washers washers-grey test browser bench table cifar10 lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python train_gan.py --dataset digits --normal-class 1 --run-dir $(DEMO) \
 	    --image-size 32 --ngf 16 --ndf 16 --batch-size 16 --epochs 105
 	$(BIN)/python fit_latent.py --run-dir $(DEMO)
-	$(BIN)/python evaluate.py --run-dir $(DEMO)
+	$(BIN)/python evaluate.py --run-dir $(DEMO) --alpha 0.1
 	@echo
 	@echo "Look at:"
+	@echo "  $(DEMO)/report.html            all of it in a browser, every image with its score"
 	@echo "  $(DEMO)/samples.png            real digits beside generated ones"
 	@echo "  $(DEMO)/difference_maps.png    where each test image differs from what G can draw"
 	@echo "  $(DEMO)/score_histograms.png   how far normal and anomalous scores lie apart"
 	@echo "  $(DEMO)/ranking.png            the most normal and the most anomalous images"
 	@echo "  $(DEMO)/scores.csv             a row an image: scores, p_value, flagged"
 
-test: $(VENV)/installed-dev
+washers washers-grey: $(VENV)/installed
+	test -d data/$@ || $(BIN)/python examples/planted_defects.py $(if $(findstring grey,$@),--grey)
+	$(BIN)/python train_gan.py --dataset data/$@ --normal-class good --run-dir outputs/$@ \
+	    --ngf 32 --ndf 32 --batch-size 16 --epochs 105
+	$(BIN)/python fit_latent.py --run-dir outputs/$@
+	$(BIN)/python evaluate.py --run-dir outputs/$@ --score peak
+	$(BIN)/python fit_latent.py --run-dir outputs/$@ --images data/$@/new
+	$(BIN)/python evaluate.py --run-dir outputs/$@ --images data/$@/new --score peak
+
+test: $(VENV)/installed-dev browser
 	$(BIN)/python -m pytest
+
+# For the tests of report.html, which are skipped without one
+browser:
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	    if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; \
+	    then apt-get update -qq && apt-get install -y -qq chromium >/dev/null; \
+	    else echo "no Chromium here: install it, or the tests of report.html are skipped"; fi
 
 bench: $(VENV)/installed $(BENCH_RUN)/gan.pt
 	$(BIN)/python -m benchmarks.latent_search --run-dir $(BENCH_RUN)
@@ -59,8 +77,8 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/pip install -r requirements.txt
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/pip install "pytest>=8.4" "ruff>=0.17"
+$(VENV)/installed-dev: $(VENV)/installed Makefile
+	$(BIN)/pip install "pytest>=8.4" "ruff>=0.17" "playwright>=1.50" "tensorboard>=2.18"
 	touch $@
 
 clean:

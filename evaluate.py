@@ -281,6 +281,7 @@ def evaluate_splits(config: Config, run_dir: Path, gan: runs.TrainedGAN, device:
 
 def judge_pictures(config: Config, run_dir: Path, gan: runs.TrainedGAN, device: torch.device) -> None:
     """A verdict on each of the pictures without labels, where it differs, and the report."""
+    started = time.monotonic()
     image_sets = {
         "validation": datasets.open_split(gan.dataset, "validation", gan.normal_class),
         "images": datasets.open_pictures(config.images),
@@ -343,6 +344,8 @@ def judge_pictures(config: Config, run_dir: Path, gan: runs.TrainedGAN, device: 
         strips(gan, pictures, ranked, verdict, config),
     )
 
+    seconds = time.monotonic() - started
+    runs.record_run(run_dir, "evaluate_images", config, device, seconds, pictures=len(source))
     print(f"\n{'p_value':>8}  {verdict.score:>13}  flagged  picture")
     for i in ranked[:20]:
         name = "".join(letter if letter.isprintable() else "?" for letter in pictures.images.source[i])

@@ -51,16 +51,19 @@ class Generator(nn.Module):
         return self.layers(z[:, :, None, None])
 
 
-def downward_ladder(image_size: int, image_channels: int, ndf: int, deep: bool = False) -> nn.Sequential:
+def downward_ladder(
+    image_size: int, image_channels: int, ndf: int, deep: bool = False, first_bias: bool = False
+) -> nn.Sequential:
     """The hidden layers of D, E and RotNet: (N, image_channels, image_size, image_size) to (N, 8 ndf, 4, 4) at
-    image_size 64, and (N, 4 ndf, 4, 4) at 32. With `deep` each rung has a second convolution, which keeps the side.
+    image_size 64, and (N, 4 ndf, 4, 4) at 32. With `deep` each rung has a second convolution, which keeps the side;
+    with `first_bias` the first convolution has a bias, the only one without BatchNorm, which has its own.
 
     Raises ValueError unless `image_size` is a power of two from 32 up.
     """
     widths = [ndf * multiplier for multiplier in channel_multipliers(image_size)]
     layers = []
     for narrow, wide in pairwise([image_channels, *widths]):  # each rung halves the side
-        layers.append(nn.Conv2d(narrow, wide, 4, 2, 1, bias=False))
+        layers.append(nn.Conv2d(narrow, wide, 4, 2, 1, bias=first_bias and not layers))
         if len(layers) > 1:  # like G's last layer, whose mirror it is, the first keeps the image's own contrast
             layers.append(nn.BatchNorm2d(wide))
         layers.append(nn.LeakyReLU(0.2, inplace=True))
@@ -81,7 +84,10 @@ class Discriminator(nn.Module):
 
     def __init__(self, image_size: int = 64, image_channels: int = 3, ndf: int = 64) -> None:
         super().__init__()
-        self.body = downward_ladder(image_size, image_channels, ndf)
+        # Without the bias D hardly sees contrast and brightness: twice the pixels would be twice every feature up to the
+        # first BatchNorm, which divides it out, since D sees real and generated images in batches of their own. On
+        # pictures that do not reach black and white, G's colours then drift (docs/your-own-images.md)
+        self.body = downward_ladder(image_size, image_channels, ndf, first_bias=True)
         self.head = nn.Conv2d(ndf * channel_multipliers(image_size)[-1], 1, 4, 1, 0, bias=False)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
@@ -141,6 +147,8 @@ def initialise_weights(module: nn.Module) -> None:
     """DCGAN's start, for `network.apply(initialise_weights)`: convolutions N(0, 0.02), BatchNorm N(1, 0.02), bias 0."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0, 0.02)
         nn.init.zeros_(module.bias)

@@ -1,6 +1,7 @@
 """report.html: one file with the verdict, the figures and a gallery of every image, to look at in any browser."""
 
 import base64
+import math
 from collections.abc import Iterator
 from itertools import chain, repeat
 from pathlib import Path
@@ -64,7 +65,7 @@ def write(
         data={"scores": list(split.scores), "verdict": verdict.score, "rows": rows},
         classes=sorted({str(each) for each in split.class_name} - {""}),
         without_picture=len(rows) - len(pictures),
-        level=verdict.level,
+        level=verdict.level if math.isfinite(verdict.level) else None,
     )
     with runs.replacing(path) as partial:
         partial.write_text(page, encoding="utf-8", errors="replace")

@@ -30,15 +30,15 @@ def count(network: nn.Module) -> int:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_parameter_counts(channels: int) -> None:
-    # 4x4 kernels without bias, and two numbers a channel for each BatchNorm
+    # 4x4 kernels without bias, and two numbers a channel for each BatchNorm; a bias in D's first layer, which has none
     at_64 = 16 * (128 * 512 + 512 * 256 + 256 * 128 + 128 * 64 + 64 * channels) + 2 * (512 + 256 + 128 + 64)
     assert count(Generator(64, channels, latent_dim=128, ngf=64)) == at_64
     at_32 = 16 * (128 * 256 + 256 * 128 + 128 * 64 + 64 * channels) + 2 * (256 + 128 + 64)
     assert count(Generator(32, channels, latent_dim=128, ngf=64)) == at_32
     at_64 = 16 * (channels * 64 + 64 * 128 + 128 * 256 + 256 * 512 + 512) + 2 * (128 + 256 + 512)
-    assert count(Discriminator(64, channels, ndf=64)) == at_64
+    assert count(Discriminator(64, channels, ndf=64)) == at_64 + 64
     at_32 = 16 * (channels * 64 + 64 * 128 + 128 * 256 + 256) + 2 * (128 + 256)
-    assert count(Discriminator(32, channels, ndf=64)) == at_32
+    assert count(Discriminator(32, channels, ndf=64)) == at_32 + 64
     # the encoder's head has an output for each of z's coordinates
     assert count(Encoder(32, channels, latent_dim=128, ndf=64)) == at_32 + 16 * 256 * 127
     # RotNet's head has four, and each rung a second convolution with BatchNorm
@@ -66,7 +66,7 @@ def test_first_weights() -> None:
                 weight = module.weight
                 assert weight.std().item() == pytest.approx(0.02, rel=0.05)
                 assert abs(weight.mean().item()) < 4 * 0.02 / weight.numel() ** 0.5
-                assert module.bias is None
+                assert module.bias is None or (module.bias == 0).all()
             if isinstance(module, nn.BatchNorm2d):
                 assert module.weight.std().item() == pytest.approx(0.02, rel=0.4)
                 assert module.weight.mean().item() == pytest.approx(1, abs=0.01)
