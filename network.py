@@ -84,9 +84,9 @@ class Discriminator(nn.Module):
 
     def __init__(self, image_size: int = 64, image_channels: int = 3, ndf: int = 64) -> None:
         super().__init__()
-        # Without the bias D hardly sees contrast and brightness: twice the pixels would be twice every feature up to the
-        # first BatchNorm, which divides it out, since D sees real and generated images in batches of their own. On
-        # pictures that do not reach black and white, G's colours then drift (docs/your-own-images.md)
+        # Without the bias D hardly sees contrast: twice the pixels would be twice every feature up to the first
+        # BatchNorm, which divides it out, since D sees real and generated images in batches of their own. On pictures
+        # that do not reach black and white, G's colours then drift
         self.body = downward_ladder(image_size, image_channels, ndf, first_bias=True)
         self.head = nn.Conv2d(ndf * channel_multipliers(image_size)[-1], 1, 4, 1, 0, bias=False)
 
