@@ -32,7 +32,7 @@ class ImageSet:
 
     name: str  # of the data set: cifar10, digits or the folder's own name
     classes: list[str]
-    index: np.ndarray  # (N,) int64, position in the data set's training or test part
+    index: np.ndarray  # (N,) int64, position in the data set's training or test part, see also `open_pictures`
     label: np.ndarray  # (N,) int64, position of the image's class in `classes`
     source: np.ndarray  # (N,) str, the image's name: its path inside the folder, or cifar10/test/00042
     open_image: Callable[[int, str], Image.Image]  # by index and source; a worker process gets it pickled
@@ -145,8 +145,9 @@ def _open_folder(root: Path, part: str) -> ImageSet:
 def open_pictures(paths: Sequence[str]) -> ImageSet:
     """Pictures without labels: files, folders of any depth and glob patterns, each picture once, sorted by name.
 
-    A picture's source is its path as it was given, its label -1. The set has the name of the folder that was given or
-    that holds them all, or of the only picture. Raises InputError, naming the path, if one holds or matches no picture.
+    A picture's source is its path as it was given, its label -1, and its index a number that is another one when the
+    file is replaced or changed. The set has the name of the folder that was given or that holds them all, or of the
+    only picture. Raises InputError, naming the path, if one holds or matches no picture.
     """
     found: dict[str, str] = {}  # by where it really is
     for path in map(str, paths):
@@ -173,11 +174,18 @@ def open_pictures(paths: Sequence[str]) -> ImageSet:
     return ImageSet(
         name=name or "root",
         classes=[],
-        index=np.arange(len(source), dtype=np.int64),
+        index=np.array([_file_number(path) for path in source], dtype=np.int64),
         label=np.full(len(source), -1, np.int64),
         source=np.array(source, dtype=np.str_),
         open_image=partial(_open_file, Path()),
     )
+
+
+def _file_number(path: str) -> int:
+    """63 bits of a checksum over a file's path, size and time of change."""
+    about = os.stat(path)
+    name = f"{about.st_size} {about.st_mtime_ns} {path}".encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.sha256(name).digest()[:8]) >> 1
 
 
 def _is_picture(path: str | Path) -> bool:

@@ -304,7 +304,8 @@ def main(config: Config) -> None:
                     "mean_loss": float(scores.mean()),
                 }
         if rank == 0 and fitted:
-            name = "fit_latent" if config.discrimination == "features" else f"fit_latent_{config.discrimination}"
+            name = "fit_latent_images" if config.images else "fit_latent"
+            name += "" if config.discrimination == "features" else f"_{config.discrimination}"
             seconds = time.monotonic() - started
             runs.record_run(
                 run_dir, name, config, device, seconds, precision=precision, processes=processes, fitted=fitted

@@ -109,6 +109,14 @@ def test_the_search_of_pictures_goes_on_and_is_of_these_pictures(
     assert "holds other images" in capsys.readouterr().out
     run_here("evaluate.py", "--images", "other", *CPU)
     assert list(read_verdicts(trained / "images-other")) == ["other/b.png"]
+    digit(root / "other/b.png", 5)  # a camera that writes to the same name again
+    assert "not those that latents-images.npz was fitted to" in fails("evaluate.py", "--images", "other", *CPU)
+    run_here(*fit, "other")
+    assert "holds other images" in capsys.readouterr().out
+    run_here("evaluate.py", "--images", "other", *CPU)
+    assert "fit_latent_images" in runs.read_record(trained) and "searched" in str(
+        runs.read_record(trained)["fit_latent"]
+    )
     assert "--images nowhere: no such picture" in fails(*fit, "nowhere")
     run_here("fit_latent.py", "--steps", "5", *CPU, "--images", "other")
     assert "fitted with different settings (steps)" in fails("evaluate.py", "--images", "other", *CPU)
