@@ -65,7 +65,7 @@ def protocol_metrics(splits: list[ScoredSplit], config: Config) -> dict[str, dic
     return metrics
 
 
-def pixel_metrics(gan: runs.TrainedGAN, test: ScoredSplit, config: Config) -> dict[str, float | int]:
+def pixel_metrics(gan: runs.TrainedGAN, test: ScoredSplit, level: float, config: Config) -> dict[str, float | int]:
     """How well the heat maps of the test images find the defects, at the pictures' own size, by the data set's masks.
 
     Raises InputError if an anomalous image has no mask.
@@ -80,7 +80,7 @@ def pixel_metrics(gan: runs.TrainedGAN, test: ScoredSplit, config: Config) -> di
                     mask = datasets.open_mask(gan.dataset, test.images.source[row], size)
                 yield heatmaps.at_own_size(heat, size), mask
 
-    return measures.pixel_metrics(heat_and_mask())
+    return measures.pixel_metrics(heat_and_mask(), level)
 
 
 def drawn(
@@ -148,7 +148,7 @@ def print_table(metrics: dict) -> None:
         of = metrics["pixels"]
         print(
             f"\nheat maps against the masks: pixel-level ROC-AUC {of['pixel_roc_auc']:.3f}, AUPRO {of['aupro']:.3f} "
-            f"({of['regions']} regions, false alarms up to 30%)"
+            f"(false alarms up to 30%); {of['regions_found']} of {of['regions']} defects have something marked in them"
         )
 
 
@@ -217,7 +217,7 @@ def evaluate_splits(config: Config, run_dir: Path, gan: runs.TrainedGAN, device:
     if "train_anomalies" in scored:
         metrics["all_splits"] = protocol_metrics([validation, test, scored["train_anomalies"]], config)
     if datasets.has_masks(gan.dataset):
-        metrics["pixels"] = pixel_metrics(gan, test, config)
+        metrics["pixels"] = pixel_metrics(gan, test, verdict.level, config)
     runs.write_json(run_dir / "metrics.json", metrics)
     write_scores(run_dir / "scores.csv", scored, verdict)
 

@@ -85,15 +85,16 @@ BINS = 4096  # steps of difference between 0 and 1 that the pixel-level figures 
 PRO_LIMIT = 0.3  # false-alarm rate up to which the overlap with regions is integrated, as in MVTec's figures
 
 
-def pixel_metrics(pictures: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, float | int]:
+def pixel_metrics(pictures: Iterable[tuple[np.ndarray, np.ndarray]], level: float) -> dict[str, float | int]:
     """How well heat maps find defects: pairs of a heat (H, W) in [0, 1] and a mask (H, W), True where the defect is.
 
     `pixel_roc_auc` ranks all pixels of all pictures together. `aupro` (Bergmann et al. 2021) gives each connected
     region of the masks the same weight, whatever its size: the mean share of a region that is found, averaged over the
-    false-alarm rates of pixels from 0 to 0.3. Differences are told apart in steps of 1 / 4096, and a pixel that G has
-    not looked at, NaN, counts as 0. Raises ValueError unless there are pixels of both kinds.
+    false-alarm rates of pixels from 0 to 0.3. `regions_found` are those with a pixel above the level. Differences are
+    told apart in steps of 1 / 4096, and a pixel that G has not looked at, NaN, counts as 0. Raises ValueError unless
+    there are pixels of both kinds.
     """
-    normal, anomalous, regions = np.zeros(BINS), np.zeros(BINS), []
+    normal, anomalous, regions, found = np.zeros(BINS), np.zeros(BINS), [], 0
 
     def counts(values: np.ndarray) -> np.ndarray:
         return np.bincount(np.minimum(values * BINS, BINS - 1).astype(np.int64), minlength=BINS)
@@ -103,7 +104,10 @@ def pixel_metrics(pictures: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str
         normal += counts(heat[~mask])
         anomalous += counts(heat[mask])
         numbered, count = label(mask, np.ones((3, 3)))  # corners touch
-        regions += [counts(heat[numbered == number + 1]) for number in range(count)]
+        for number in range(1, count + 1):
+            of_region = heat[numbered == number]
+            regions.append(counts(of_region))
+            found += bool((of_region > level).any())
     if not normal.any() or not anomalous.any():
         raise ValueError("pixel-level figures need pixels inside the masks and outside")
 
@@ -118,4 +122,5 @@ def pixel_metrics(pictures: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str
         "pixel_roc_auc": float(auc(fpr, shares_above(anomalous))),
         "aupro": float(auc(up_to, np.interp(up_to, fpr, overlap)) / PRO_LIMIT),
         "regions": len(regions),
+        "regions_found": found,
     }

@@ -127,7 +127,7 @@ def test_pixel_metrics_against_scikit_learn() -> None:
     masks = [np.zeros((20, 30), bool) for _ in range(4)]
     masks[0][3:6, 3:6] = masks[0][10:18, 10:28] = masks[1][5:15, 5:15] = True
     heats = [(0.3 * rng.random((20, 30)) + 0.2 * mask).astype(np.float32) for mask in masks]
-    found = pixel_metrics(zip(heats, masks, strict=True))
+    found = pixel_metrics(zip(heats, masks, strict=True), level=1)
     mask, heat = np.concatenate(masks).ravel(), np.concatenate(heats).ravel()
     assert found["pixel_roc_auc"] == pytest.approx(roc_auc_score(mask, heat), abs=1e-3)
     assert found["regions"] == 3
@@ -143,19 +143,20 @@ def test_pixel_metrics_against_scikit_learn() -> None:
 def test_pixel_metrics_by_hand() -> None:
     mask = np.zeros((4, 4), bool)
     mask[0, 0] = mask[1, 1] = mask[3, 3] = True  # the first two touch at a corner
-    perfect = pixel_metrics([(mask.astype(float), mask)])
-    assert perfect == {"pixel_roc_auc": pytest.approx(1), "aupro": pytest.approx(1), "regions": 2}
-    assert pixel_metrics([(1.0 - mask, mask)])["pixel_roc_auc"] == pytest.approx(0)
+    perfect = pixel_metrics([(mask.astype(float), mask)], 0.5)
+    assert perfect == {"pixel_roc_auc": pytest.approx(1), "aupro": pytest.approx(1), "regions": 2, "regions_found": 2}
+    assert pixel_metrics([(1.0 - mask, mask)], 0.5)["pixel_roc_auc"] == pytest.approx(0)
     # the same everywhere: the diagonal, whose mean up to 0.3 is 0.15
-    flat = pixel_metrics([(np.full((4, 4), 0.5), mask)])
+    flat = pixel_metrics([(np.full((4, 4), 0.5), mask)], 0.5)
     assert flat["pixel_roc_auc"] == pytest.approx(0.5) and flat["aupro"] == pytest.approx(0.15)
     # a small region found and a large one missed weigh the same
     mask = np.zeros((10, 10), bool)
     mask[0, 0], mask[5:] = True, True
     heat = np.zeros((10, 10))
     heat[0, 0], heat[1:5] = 0.9, 0.1
-    assert pixel_metrics([(heat, mask)])["aupro"] == pytest.approx(0.5, abs=0.02)
+    found = pixel_metrics([(heat, mask)], 0.5)
+    assert found["aupro"] == pytest.approx(0.5, abs=0.02) and found["regions_found"] == 1
     unseen = np.where(mask, np.nan, heat)
-    assert pixel_metrics([(unseen, mask)])["pixel_roc_auc"] < 0.5
+    assert pixel_metrics([(unseen, mask)], 0.5)["pixel_roc_auc"] < 0.5
     with pytest.raises(ValueError, match="inside the masks and outside"):
-        pixel_metrics([(heat, np.zeros((10, 10), bool))])
+        pixel_metrics([(heat, np.zeros((10, 10), bool))], 0.5)

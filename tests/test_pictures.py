@@ -191,7 +191,7 @@ def test_heat_maps_find_planted_defects(tmp_path: Path, run_here: Callable[..., 
     run_here("evaluate.py", "--score", "peak", "--alpha", "0.1", "--bootstrap", "20", *CPU)
     run_dir = tmp_path / "outputs/discs-good"
     metrics = json.loads((run_dir / "metrics.json").read_text())
-    assert metrics["pixels"]["regions"] == 8
+    assert metrics["pixels"]["regions"] == 8 and metrics["pixels"]["regions_found"] >= 7
     assert metrics["pixels"]["pixel_roc_auc"] > 0.9 and metrics["pixels"]["aupro"] > 0.6
     assert metrics["test"]["peak"]["roc_auc"] > 0.9
 
