@@ -34,7 +34,7 @@ demo: $(VENV)/installed
 	@echo "  $(DEMO)/scores.csv             a row an image: scores, p_value, flagged"
 
 washers washers-grey: $(VENV)/installed
-	test -d data/$@ || $(BIN)/python examples/planted_defects.py $(if $(findstring grey,$@),--grey)
+	test -d data/$@ || $(BIN)/python -m examples.planted_defects $(if $(findstring grey,$@),--grey)
 	$(BIN)/python train_gan.py --dataset data/$@ --normal-class good --run-dir outputs/$@ \
 	    --ngf 32 --ndf 32 --batch-size 16 --epochs 105
 	$(BIN)/python fit_latent.py --run-dir outputs/$@

@@ -143,49 +143,70 @@ def _open_folder(root: Path, part: str) -> ImageSet:
 
 
 def open_pictures(paths: Sequence[str]) -> ImageSet:
-    """Pictures without labels: files, folders of any depth and glob patterns, each picture once, sorted by name.
+    """Pictures without labels: files, folders of any depth and glob patterns, each picture once.
 
-    A picture's source is its path as it was given, its label -1, and its index a number that is another one when the
-    file is replaced or changed. The set has the name of the folder that was given or that holds them all, or of the
-    only picture. Raises InputError, naming the path, if one holds or matches no picture.
+    A picture's source is its path, relative if it lies below the working directory, its label -1, and its index a
+    number that is another one when the file is replaced or changed. The set has the name of the folder that was given
+    or that holds them all, or of the only picture. Raises InputError, naming the path, if one holds or matches no
+    picture.
     """
-    found: dict[str, str] = {}  # by where it really is
+    if not paths:
+        raise InputError("--images names no picture: give pictures, folders or glob patterns")
+    found: dict[str, str] = {}  # by where a file really is
     for path in map(str, paths):
-        if Path(path).is_dir():
-            below = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
-            matches = [str(each) for each in below if _is_picture(each) and not _is_hidden(each.relative_to(path))]
-        elif Path(path).exists():
-            matches = [path]  # whatever its ending is
-        else:
-            matches = [each for each in glob.glob(path, recursive=True) if Path(each).is_file() and _is_picture(each)]
-        if not matches:
+        matches = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
+        below = [each for match in matches for each in _pictures_at(match)]
+        if not below:
             raise InputError(
                 f"--images {path}: no such picture, folder with pictures, or glob pattern that matches some (in a "
                 "folder those count whose name has the ending of a picture and no leading dot)"
             )
-        found |= {os.path.realpath(each): each for each in matches}
-    source = sorted(found.values())
+        for each in below:
+            found.setdefault(os.path.realpath(each), each)
+    real = sorted(found)
     if len(paths) == 1 and Path(paths[0]).is_dir():
         name = Path(paths[0]).resolve().name
-    elif len(source) == 1:
-        name = Path(source[0]).stem
+    elif len(real) == 1:
+        name = Path(real[0]).stem
     else:
-        name = Path(os.path.commonpath([Path(each).resolve() for each in source])).name
+        name = Path(os.path.commonpath(real)).name
     return ImageSet(
         name=name or "root",
         classes=[],
-        index=np.array([_file_number(path) for path in source], dtype=np.int64),
-        label=np.full(len(source), -1, np.int64),
-        source=np.array(source, dtype=np.str_),
+        index=np.array([_file_number(path) for path in real], dtype=np.int64),
+        label=np.full(len(real), -1, np.int64),
+        source=np.array([_short(found[path]) for path in real], dtype=np.str_),
         open_image=partial(_open_file, Path()),
     )
 
 
+def _pictures_at(path: str) -> list[str]:
+    """A file itself, whatever its ending, or the pictures below a folder, where links may lead back to it."""
+    if not os.path.isdir(path):
+        return [path]
+    pictures, seen = [], set()
+    for here, folders, names in os.walk(path, followlinks=True):
+        seen.add(os.path.realpath(here))
+        inner = (name for name in sorted(folders) if not name.startswith("."))
+        folders[:] = [name for name in inner if os.path.realpath(os.path.join(here, name)) not in seen]
+        pictures += [os.path.join(here, name) for name in sorted(names) if _is_picture(name)]
+    return pictures
+
+
+def _short(path: str) -> str:
+    """An absolute path, or a relative one to what lies below the working directory."""
+    path = os.path.realpath(path) if ".." in Path(path).parts else os.path.abspath(path)
+    return os.path.relpath(path) if Path(path).is_relative_to(os.getcwd()) else path
+
+
 def _file_number(path: str) -> int:
-    """63 bits of a checksum over a file's path, size and time of change."""
-    about = os.stat(path)
-    name = f"{about.st_size} {about.st_mtime_ns} {path}".encode("utf-8", "surrogateescape")
-    return int.from_bytes(hashlib.sha256(name).digest()[:8]) >> 1
+    """63 bits of a checksum over a file's path, size and time of change; of the path alone if it cannot be read."""
+    try:
+        about = os.stat(path)
+        stamp = f"{about.st_size} {about.st_mtime_ns}"
+    except OSError:  # a link to nothing, which the decoder will name
+        stamp = ""
+    return int.from_bytes(hashlib.sha256(os.fsencode(f"{stamp} {path}")).digest()[:8]) >> 1
 
 
 def _is_picture(path: str | Path) -> bool:
@@ -196,10 +217,6 @@ def _is_picture(path: str | Path) -> bool:
 @cache
 def _endings() -> set[str]:
     return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _open_pixels(pixels: np.ndarray, index: int, source: str) -> Image.Image:
@@ -394,13 +411,15 @@ def open_mask(dataset: str, source: str, size: tuple[int, int]) -> np.ndarray:
     path = Path(dataset) / "ground_truth" / name.with_name(f"{name.stem}_mask.png")
     try:
         with Image.open(path) as mask:
-            pixels = np.asarray(mask.convert("L")) > 127
+            pixels = np.asarray(mask.convert("L")) > 0
     except Exception as error:  # a damaged file can make a decoder raise anything
         raise InputError(
             f"the mask {path} of {source} cannot be read ({error}): mend it, or move ground_truth"
         ) from error
     if pixels.shape != (size[1], size[0]):
         raise InputError(f"the mask {path} has another size than {source}: they must be the same")
+    if not pixels.any():
+        raise InputError(f"the mask {path} is empty: mark the defect of {source} in it, in any level but 0")
     return pixels
 
 

@@ -13,8 +13,10 @@ import csv
 import io
 import math
 import os
+import shlex
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,6 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image
-from tqdm import tqdm
 
 import datasets
 import heatmaps
@@ -38,7 +39,9 @@ from scoring import ScoredSplit, Verdicts
 @dataclass
 class Config:
     run_dir: Path | None = None  # the run to use; by default the one trained last
-    images: tuple[str, ...] = ()  # pictures without labels, as fit_latent.py --images was given: a verdict on each
+    images: tuple[str, ...] | None = (
+        None  # pictures without labels, as fit_latent.py --images was given: a verdict on each
+    )
     score: str | None = None  # what p_value and flagged rest on; by default combined if it is there, or anomaly_score
     alpha: float = 0.05  # share of normal pictures that may be flagged: those whose p_value is at most this
     fdr: float | None = None  # or flag so that of those flagged this share at most is normal (Benjamini-Hochberg)
@@ -65,14 +68,16 @@ def protocol_metrics(splits: list[ScoredSplit], config: Config) -> dict[str, dic
     return metrics
 
 
-def pixel_metrics(gan: runs.TrainedGAN, test: ScoredSplit, level: float, config: Config) -> dict[str, float | int]:
+def pixel_metrics(
+    gan: runs.TrainedGAN, test: ScoredSplit, level: float, batch_size: int, device: torch.device
+) -> dict[str, float | int]:
     """How well the heat maps of the test images find the defects, at the pictures' own size, by the data set's masks.
 
     Raises InputError if an anomalous image has no mask.
     """
 
     def heat_and_mask() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for rows, x, generated in drawn(gan, test, np.arange(len(test.images)), config):
+        for rows, x, generated in drawn(gan, test, np.arange(len(test.images)), batch_size, device):
             for row, heat in zip(rows, heatmaps.difference(x, generated), strict=True):
                 size = test.images.picture(row).size
                 mask = np.zeros(size[::-1], bool)
@@ -84,19 +89,23 @@ def pixel_metrics(gan: runs.TrainedGAN, test: ScoredSplit, level: float, config:
 
 
 def drawn(
-    gan: runs.TrainedGAN, split: ScoredSplit, rows: np.ndarray, config: Config
+    gan: runs.TrainedGAN, split: ScoredSplit, rows: np.ndarray, batch_size: int, device: torch.device
 ) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
     """These rows of a split in parts: positions (N,), x and G(z), each (N, C, H, W) in [-1, 1]."""
-    for start in range(0, len(rows), 1024):
-        part = rows[start : start + 1024]
-        yield part, *scoring.real_and_generated(gan, split, part, config.batch_size, torch.device(config.device))
+    for part in np.split(rows, range(batch_size, len(rows), batch_size)):
+        yield part, *scoring.real_and_generated(gan, split, part, batch_size, device)
 
 
 def strips(
-    gan: runs.TrainedGAN, split: ScoredSplit, order: np.ndarray, verdict: Verdicts, config: Config
+    gan: runs.TrainedGAN,
+    split: ScoredSplit,
+    order: np.ndarray,
+    verdict: Verdicts,
+    batch_size: int,
+    device: torch.device,
 ) -> Iterator[bytes]:
     """For report.html, in this order: each image's four panels side by side, as the bytes of a WebP file."""
-    for _, x, generated in drawn(gan, split, order, config):
+    for _, x, generated in drawn(gan, split, order, batch_size, device):
         heat = heatmaps.difference(x, generated)
         panels = heatmaps.panels(x, generated, heat, verdict.level, verdict.brightest)
         for strip in np.concatenate(panels, 2):  # (H, 4 W, 3)
@@ -105,20 +114,58 @@ def strips(
             yield content.getvalue()
 
 
-def write_scores(path: Path, scored: dict[str, ScoredSplit], verdict: Verdicts) -> None:
-    """scores.csv, a row an image; p_value and flagged are of the score `verdict.score`."""
+def mark_pictures(
+    folder: Path,
+    gan: runs.TrainedGAN,
+    pictures: ScoredSplit,
+    verdict: Verdicts,
+    batch_size: int,
+    device: torch.device,
+) -> None:
+    """Heat maps to heat/ and marked pictures to marked/ in a folder, at each picture's own size, as PNG files.
+
+    They lie in folders like those that the pictures came from.
+    """
+    source = [Path(os.path.abspath(each)) for each in pictures.images.source]
+    top = os.path.commonpath([each.parent for each in source])
+    with util.progress_bar(len(source), " pictures", desc="marking", leave=False) as bar:
+        for rows, x, generated in drawn(gan, pictures, np.arange(len(source)), batch_size, device):
+            for row, heat in zip(rows, heatmaps.difference(x, generated), strict=True):
+                picture = pictures.images.picture(row)
+                whole = heatmaps.at_own_size(heat, picture.size)
+                for kind, pixels in (
+                    ("heat", heatmaps.coloured(whole, verdict.brightest)),
+                    ("marked", heatmaps.marked(np.asarray(picture), whole, verdict.level)),
+                ):
+                    path = folder / kind / source[row].relative_to(top)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(pixels).save(path.with_name(f"{path.name}.png"), "PNG")
+                bar.update()
+
+
+def write_rows(path: Path, header: list[str], rows: Iterable[list]) -> None:
+    """A CSV file, whole or not at all."""
     with runs.replacing(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="replace") as file:
         writer = csv.writer(file)
-        about = ["split", "index", "source", "label", "class_name", "is_anomaly"]
-        writer.writerow([*about, *scored["validation"].scores, "p_value", "flagged"])
-        for name, split in scored.items():
-            for i in range(len(split.images)):
-                writer.writerow(
-                    [name, split.images.index[i], split.images.source[i], split.images.label[i], split.class_name[i]]
-                    + [int(split.is_anomaly[i])]
-                    + [f"{values[i]:.9g}" for values in (*split.scores.values(), verdict.p_value[name])]
-                    + [int(verdict.flagged[name][i])]
-                )
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def write_scores(path: Path, scored: dict[str, ScoredSplit], verdict: Verdicts) -> None:
+    """scores.csv, a row an image; p_value and flagged are of the score `verdict.score`."""
+    about = ["split", "index", "source", "label", "class_name", "is_anomaly"]
+    write_rows(
+        path,
+        [*about, *scored["validation"].scores, "p_value", "flagged"],
+        (
+            [name, split.images.index[i], split.images.source[i], split.images.label[i], split.class_name[i]]
+            + [int(split.is_anomaly[i])]
+            + [f"{values[i]:.9g}" for values in (*split.scores.values(), verdict.p_value[name])]
+            + [int(verdict.flagged[name][i])]
+            for name, split in scored.items()
+            for i in range(len(split.images))
+        ),
+    )
 
 
 def print_table(metrics: dict) -> None:
@@ -148,7 +195,7 @@ def print_table(metrics: dict) -> None:
         of = metrics["pixels"]
         print(
             f"\nheat maps against the masks: pixel-level ROC-AUC {of['pixel_roc_auc']:.3f}, AUPRO {of['aupro']:.3f} "
-            f"(false alarms up to 30%); {of['regions_found']} of {of['regions']} defects have something marked in them"
+            f"(false alarms up to 30%); something is marked in {of['regions_found']} of their {of['regions']} regions"
         )
 
 
@@ -157,17 +204,19 @@ def how_flagged(verdict: Verdicts, normals: int, config: Config) -> str:
     smallest = 1 / (normals + 1)
     if config.fdr is not None:
         return (
-            f"flagged by {verdict.score} at a false discovery rate of {config.fdr:g}: of what is flagged, at most "
-            f"{config.fdr:.1%} is expected to be normal ({normals} validation normals, smallest p_value {smallest:.2g})"
+            f"flagged by {verdict.score} at a false discovery rate of {config.fdr:g}: of what is flagged, on average "
+            f"at most {config.fdr:.1%} is normal ({normals} validation normals, smallest p_value {smallest:.2g})"
         )
     if math.isinf(verdict.threshold):
         return (
             f"nothing can be flagged at --alpha {config.alpha:g}: with {normals} validation normals no p_value is "
             f"under {smallest:.2g}; train on more pictures, or raise --alpha"
         )
+    bound = measures.false_alarm_bound(config.alpha, normals)
     return (
-        f"flagged where {verdict.score} passes {verdict.threshold:.4g}, p_value at most {config.alpha:g}: this flags "
-        f"at most {config.alpha:.1%} of pictures like the {normals} validation normals"
+        f"flagged where {verdict.score} passes {verdict.threshold:.4g}, p_value at most {config.alpha:g}: on average "
+        f"this flags at most {config.alpha:.1%} of normal pictures, and with these {normals} validation normals hardly "
+        f"more than {bound:.1%}"
     )
 
 
@@ -185,7 +234,7 @@ def main(config: Config) -> None:
     with runs.run_folder(run_dir):
         gan = runs.load_gan(run_dir, device)
         print(f"run: {run_dir}   normal class: {gan.normal_class}   epochs: {gan.epoch:.4g}   device: {device}")
-        (judge_pictures if config.images else evaluate_splits)(config, run_dir, gan, device)
+        (evaluate_splits if config.images is None else judge_pictures)(config, run_dir, gan, device)
 
 
 def evaluate_splits(config: Config, run_dir: Path, gan: runs.TrainedGAN, device: torch.device) -> None:
@@ -217,7 +266,7 @@ def evaluate_splits(config: Config, run_dir: Path, gan: runs.TrainedGAN, device:
     if "train_anomalies" in scored:
         metrics["all_splits"] = protocol_metrics([validation, test, scored["train_anomalies"]], config)
     if datasets.has_masks(gan.dataset):
-        metrics["pixels"] = pixel_metrics(gan, test, verdict.level, config)
+        metrics["pixels"] = pixel_metrics(gan, test, verdict.level, config.batch_size, device)
     runs.write_json(run_dir / "metrics.json", metrics)
     write_scores(run_dir / "scores.csv", scored, verdict)
 
@@ -251,7 +300,12 @@ def evaluate_splits(config: Config, run_dir: Path, gan: runs.TrainedGAN, device:
         run_dir / "difference_maps.png",
         heatmaps.panels(x, generated, heat, verdict.level, verdict.brightest),
         [[test.class_name[i], f"A = {test.scores['anomaly_score'][i]:.0f}", f"p = {p_value[i]:.2g}"] for i in rows],
-        f"{title}, p of {plots.LABELS[verdict.score]}; red: differs by more than {verdict.level:.2f}",
+        f"{title}, p of {plots.LABELS[verdict.score]}; "
+        + (
+            f"red: differs by more than {verdict.level:.2f}"
+            if math.isfinite(verdict.level)
+            else "too few normals to mark"
+        ),
     )
 
     at, means = metrics["threshold"]["test"], how_flagged(verdict, len(validation.images), config)
@@ -262,10 +316,11 @@ def evaluate_splits(config: Config, run_dir: Path, gan: runs.TrainedGAN, device:
         [f"On the test split it {flagged}.", f"{means[0].upper()}{means[1:]}."],
         metrics["test"],
         [run_dir / name for name in ("roc.png", "score_histograms.png", "per_class_auc.png")],
+        "test",
         test,
         ranked,
         verdict,
-        strips(gan, test, ranked, verdict, config),
+        strips(gan, test, ranked, verdict, config.batch_size, device),
     )
     score_1000 = {name: round(1000 * spent / len(test.images), 4) for name, spent in test.seconds.items()}
     runs.record_run(run_dir, "evaluate", config, device, time.monotonic() - started, seconds_to_score_1000=score_1000)
@@ -275,7 +330,7 @@ def evaluate_splits(config: Config, run_dir: Path, gan: runs.TrainedGAN, device:
         f"\nwrote {run_dir}/: scores.csv metrics.json report.html roc.png score_histograms.png per_class_auc.png "
         "difference_maps.png ranking.png run.json"
         f"\nnext: open {run_dir / 'report.html'} in a browser, or judge your own pictures: "
-        f"python fit_latent.py --run-dir {run_dir} --images PATH"
+        f"python fit_latent.py --run-dir {shlex.quote(str(run_dir))} --images PATH"
     )
 
 
@@ -291,70 +346,63 @@ def judge_pictures(config: Config, run_dir: Path, gan: runs.TrainedGAN, device: 
     validation, pictures = scored["validation"], scored["images"]
     score, p_value, flagged = pictures.scores[verdict.score], verdict.p_value["images"], verdict.flagged["images"]
     ranked = np.argsort(-score, kind="stable")  # the most anomalous first
+    means = how_flagged(verdict, len(validation.images), config)
+
+    # All in a folder beside the one of this name, which it then replaces
     folder = run_dir / f"images-{pictures.images.name}"
-    folder.mkdir(exist_ok=True)
-
-    # Heat maps and marked pictures at each picture's own size, in folders like those it came from
-    source = [Path(os.path.abspath(each)) for each in pictures.images.source]
-    top = Path(os.path.commonpath([each.parent for each in source]))
-    parts = drawn(gan, pictures, np.arange(len(source)), config)
-    with tqdm(total=len(source), desc="marking", unit=" pictures", leave=False, delay=1) as bar:
-        for rows, x, generated in parts:
-            for row, heat in zip(rows, heatmaps.difference(x, generated), strict=True):
-                picture = pictures.images.picture(row)
-                whole = heatmaps.at_own_size(heat, picture.size)
-                for kind, pixels in (
-                    ("heat", heatmaps.coloured(whole, verdict.brightest)),
-                    ("marked", heatmaps.marked(np.asarray(picture), whole, verdict.level)),
-                ):
-                    path = folder / kind / source[row].relative_to(top)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    with runs.replacing(path.with_name(f"{path.name}.png")) as partial:
-                        Image.fromarray(pixels).save(partial, "PNG")
-                bar.update()
-
-    path = folder / "scores.csv"
-    with runs.replacing(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="replace") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", *pictures.scores, "p_value", "flagged"])
-        for i in ranked:
-            numbers = [f"{values[i]:.9g}" for values in (*pictures.scores.values(), p_value)]
-            writer.writerow([pictures.images.source[i], *numbers, int(flagged[i])])
-
-    title = f"{run_dir.name}: {len(source)} pictures of {pictures.images.name}"
+    partial = folder.with_name(f"{runs.PARTIAL}{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    write_rows(
+        partial / "scores.csv",
+        ["path", *pictures.scores, "p_value", "flagged"],
+        (
+            [
+                pictures.images.source[i],
+                *(f"{values[i]:.9g}" for values in (*pictures.scores.values(), p_value)),
+                int(flagged[i]),
+            ]
+            for i in ranked
+        ),
+    )
     plots.score_histograms(
-        folder / "scores.png",
+        partial / "scores.png",
         {verdict.score: np.concatenate([validation.scores[verdict.score], score])},
-        np.arange(len(validation.images) + len(source)) >= len(validation.images),
+        np.arange(len(validation.images) + len(score)) >= len(validation.images),
         verdict.score,
         verdict.threshold,
         "",
         kinds=("validation normals", "your pictures"),
     )
-    means = how_flagged(verdict, len(validation.images), config)
     report.write(
-        folder / "report.html",
-        title,
-        [f"{flagged.sum()} of {len(source)} pictures are flagged.", f"{means[0].upper()}{means[1:]}."],
+        partial / "report.html",
+        f"{run_dir.name}: {len(score)} pictures of {pictures.images.name}",
+        [f"{flagged.sum()} of {len(score)} pictures are flagged.", f"{means[0].upper()}{means[1:]}."],
         {},
-        [folder / "scores.png"],
+        [partial / "scores.png"],
+        "images",
         pictures,
         ranked,
         verdict,
-        strips(gan, pictures, ranked, verdict, config),
+        strips(gan, pictures, ranked, verdict, config.batch_size, device),
     )
-
+    mark_pictures(partial, gan, pictures, verdict, config.batch_size, device)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
     seconds = time.monotonic() - started
-    runs.record_run(run_dir, "evaluate_images", config, device, seconds, pictures=len(source))
+    runs.record_run(run_dir, "evaluate_images", config, device, seconds, pictures=len(score))
+
     print(f"\n{'p_value':>8}  {verdict.score:>13}  flagged  picture")
     for i in ranked[:20]:
         name = "".join(letter if letter.isprintable() else "?" for letter in pictures.images.source[i])
         print(f"{p_value[i]:8.3g}  {score[i]:13.5g}  {'yes' if flagged[i] else '':7}  {name}")
     if len(ranked) > 20:
         print(f"... and {len(ranked) - 20} less anomalous ones, in scores.csv")
-    print(
-        f"\n{flagged.sum()} of {len(source)} pictures are {means}" if flagged.any() else f"\nnone is flagged: {means}"
-    )
+    if missing := len(image_sets["images"]) - len(score):
+        print(
+            f"\n{missing} more pictures there were not searched, new since then or unreadable: fit_latent.py does them"
+        )
+    print(f"\n{flagged.sum()} of {len(score)} pictures are flagged; {means}")
     print(f"\nwrote {folder}/: scores.csv report.html scores.png heat/ marked/")
     print(f"next: open {folder / 'report.html'} in a browser")
 

@@ -43,7 +43,7 @@ Init = Literal["candidates", "encoder"]
 class Config:
     run_dir: Path | None = None  # the run to use; by default the one trained last
     splits: tuple[str, ...] = ("validation", "test")  # any of train, validation, test, train_anomalies
-    images: tuple[str, ...] = ()  # instead of splits: pictures without labels, folders of them or glob patterns
+    images: tuple[str, ...] | None = None  # instead of splits: pictures without labels, folders or glob patterns
     max_images: int | None = None  # take only so many images of a split, each class in its proportion
     steps: int = 100  # Adam steps for each image; fewer than 25 can end higher than they start
     lr: float = 0.4  # Adam's largest step size: up to it over the first fifth of the steps, down over the last
@@ -105,6 +105,20 @@ def chosen_images(gan: runs.TrainedGAN, split: str, config: Config) -> datasets.
     if len(images) == 0:
         raise util.InputError(f"the split {split} of {gan.dataset} holds no images: choose other --splits")
     return images
+
+
+def check_same_search(run_dir: Path, gan: runs.TrainedGAN, search: dict) -> None:
+    """Raise InputError, naming the settings, unless the validation images were searched in the same way.
+
+    A verdict compares with them, so other pictures are not to be searched for hours in vain.
+    """
+    normals = runs.read_fits(run_dir, gan, ["validation"])["validation"]["search"]
+    if differing := [
+        f"{name} {normals.get(name)}" for name in sorted({*normals, *search}) if normals.get(name) != search.get(name)
+    ]:
+        raise util.InputError(
+            f"the validation images were searched with {', '.join(differing)}: use the same for --images"
+        )
 
 
 def missing_shards(
@@ -247,6 +261,8 @@ def main(config: Config) -> None:
     if config.discrimination_weight > 1:
         raise util.InputError(f"--discrimination-weight must be at most 1, not {config.discrimination_weight}")
     datasets.check_splits(config.splits)
+    if config.images is not None and (config.splits != Config.splits or config.discrimination != "features"):
+        raise util.InputError("--images goes with neither --splits nor --discrimination reference: leave them out")
     device = util.pick_device(config.device)
     precision = util.pick_precision(config.precision, device)
     run_dir = runs.find_run(config.run_dir)
@@ -263,7 +279,9 @@ def main(config: Config) -> None:
         if config.init == "encoder":
             trained = runs.load_encoder(run_dir, gan, device)
             start, search["encoder"] = trained.encoder, trained.fingerprint
-        for split in ("images",) if config.images else config.splits:
+        if config.images is not None:
+            check_same_search(run_dir, gan, search)
+        for split in config.splits if config.images is None else ("images",):
             path = runs.latents_path(run_dir, split, config.discrimination)
             folder = path.with_suffix("")  # of the shards
             image_set = chosen_images(gan, split, config)
@@ -304,15 +322,16 @@ def main(config: Config) -> None:
                     "mean_loss": float(scores.mean()),
                 }
         if rank == 0 and fitted:
-            name = "fit_latent_images" if config.images else "fit_latent"
+            name = "fit_latent" if config.images is None else "fit_latent_images"
             name += "" if config.discrimination == "features" else f"_{config.discrimination}"
             seconds = time.monotonic() - started
             runs.record_run(
                 run_dir, name, config, device, seconds, precision=precision, processes=processes, fitted=fitted
             )
             print(f"wrote {run_dir}/: {' '.join(fitted)} run.json")
-        images = ["--images", *config.images] if config.images else []
-        print(f"next: {shlex.join(['python', 'evaluate.py', '--run-dir', str(run_dir), *images])}")
+        images = [] if config.images is None else ["--images", *config.images]
+        command = shlex.join(["python", "evaluate.py", "--run-dir", str(run_dir), *images[:6]])
+        print(f"next: {command}{' ... and the others' if len(images) > 6 else ''}")
 
 
 if __name__ == "__main__":

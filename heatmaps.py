@@ -41,16 +41,18 @@ def coloured(heat: np.ndarray, brightest: float) -> np.ndarray:
 
     Grey where it is NaN.
     """
-    colours = np.vstack([np.array(colormaps["inferno"].colors), [[0.5] * 3]])  # 256, and grey
-    place = np.nan_to_num(heat / (brightest or 1), nan=-1)
-    place = np.where(place < 0, 256, (255 * place).clip(0, 255)).astype(np.int64)
-    return (255 * colours).round().astype(np.uint8)[place]
+    colours = (255 * np.array(colormaps["inferno"].colors)).round().astype(np.uint8)  # 256 of them
+    unseen = np.isnan(heat)
+    found = colours[(np.where(unseen, 0, heat) * (255 / (brightest or 1))).clip(0, 255).astype(np.uint8)]
+    found[unseen] = 128
+    return found
 
 
 def marked(picture: np.ndarray, heat: np.ndarray, level: float) -> np.ndarray:
     """A picture, uint8 (..., H, W, 3), with all in red whose heat (..., H, W) passes the level: the same shape."""
-    red = (0.4 * picture + 0.6 * np.array([255, 0, 0])).astype(np.uint8)
-    return np.where((heat > level)[..., None], red, picture)
+    found, hot = picture.copy(), heat > level
+    found[hot] = 0.4 * picture[hot] + 0.6 * np.array([255, 0, 0])
+    return found
 
 
 def panels(

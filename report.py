@@ -13,8 +13,8 @@ import plots
 import runs
 from scoring import ScoredSplit, Verdicts
 
-# Bytes of pictures at most, which base64 makes a third longer: the file stays under 60 MB, and a browser opens it at
-# once. 10,000 images of 64x64 take about 35 MB. The most anomalous come first.
+# Bytes of pictures at most, which base64 makes a third longer, so that a browser opens the file at once; the most
+# anomalous come first. Each image adds a row of numbers too: the file stays under 60 MB up to 20,000 images
 PICTURE_BYTES = 40_000_000
 
 
@@ -24,18 +24,18 @@ def write(
     sentences: list[str],
     metrics: dict[str, dict],
     figures: list[Path],
+    name: str,
     split: ScoredSplit,
     ranked: np.ndarray,
     verdict: Verdicts,
     strips: Iterator[bytes],
 ) -> None:
-    """Write the report of one split.
+    """Write the report of the split of this name.
 
     `sentences` open it, then come a row for each score of `metrics`, as `measures.detection_metrics` has them, the
     `figures`, which are PNG files, and the gallery, most anomalous first as in `ranked` (N,). `strips` are the WebP
     files of the images in that order, as many as there is room for.
     """
-    name = "images" if "images" in verdict.p_value else "test"
     pictures: list[str | None] = []
     size = 0
     for strip in strips:
@@ -48,8 +48,8 @@ def write(
             str(split.images.source[i]),
             str(split.class_name[i]),
             bool(verdict.flagged[name][i]),
-            float(f"{verdict.p_value[name][i]:.4g}"),
-            *(float(f"{values[i]:.5g}") for values in split.scores.values()),
+            float(verdict.p_value[name][i]),
+            *(float(values[i]) for values in split.scores.values()),
             picture,
         ]
         for i, picture in zip(ranked, chain(pictures, repeat(None)), strict=False)
@@ -61,7 +61,7 @@ def write(
         metrics=metrics,
         labels=plots.LABELS,
         score=verdict.score,
-        figures=[base64.b64encode(each.read_bytes()).decode() for each in figures],
+        figures={each.stem.replace("_", " "): base64.b64encode(each.read_bytes()).decode() for each in figures},
         data={"scores": list(split.scores), "verdict": verdict.score, "rows": rows},
         classes=sorted({str(each) for each in split.class_name} - {""}),
         without_picture=len(rows) - len(pictures),

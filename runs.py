@@ -373,7 +373,8 @@ def read_baselines(run_dir: Path, gan: TrainedGAN, split: str, index: np.ndarray
 def fitted_images(image_set: datasets.ImageSet, split: str, latents: dict) -> datasets.ImageSet:
     """Those images of a set that these latents belong to. Raises InputError if the set has changed since."""
     fitted = image_set.take(np.isin(image_set.index, latents["index"]))  # both in the data set's order
-    for name in ("index", "label", "source"):
+    # from another working directory the same pictures have other sources
+    for name in ("index", "label") if split == "images" else ("index", "label", "source"):
         if not np.array_equal(getattr(fitted, name), latents[name]):
             again = "--images with these pictures" if split == "images" else f"--splits {split}"
             raise InputError(

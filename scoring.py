@@ -1,5 +1,6 @@
 """From the latents and networks of a run folder to the scores of every image, for evaluate.py."""
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import scores
 import training
 import util
 
-MEMORY = 5000  # training images at most among which neighbours are looked for; at 64x64 with ndf 64 they take 250 MB
+MEMORY = 5000  # training images at most that RotNet's scores compare with; at 64x64 with ndf 64 they take 250 MB
 # The parts of `combined` and their weights: RotNet's verdict, and two distances in its features that share a weight.
 # Chosen on the development half of CIFAR-10's test split, see benchmarks/cifar10_table.py
 COMBINED = {"rotation": 1.0, "neighbours": 0.5, "mahalanobis": 0.5}
@@ -145,7 +146,7 @@ class Verdicts:
     """What one score says of every image, by split, and from where on a difference is marked."""
 
     score: str
-    threshold: float  # above which a p-value is at most alpha; infinite if there are too few validation normals
+    threshold: float  # above which images are flagged; infinite if there are too few normals for it, or with an fdr
     p_value: dict[str, np.ndarray]  # (N,) each
     flagged: dict[str, np.ndarray]  # (N,) bool each
     level: float  # of heatmaps.difference: at most a share alpha of normals has a pixel that passes it
@@ -155,16 +156,21 @@ class Verdicts:
 def verdicts(scored: dict[str, ScoredSplit], score: str | None, alpha: float, fdr: float | None) -> Verdicts:
     """P-values and flags of a score, by default `combined` if it is there; all from validation normals alone.
 
+    Flags are those of `measures.flags`; with `fdr` no threshold belongs to them.
+
     Raises InputError if there is no such score.
     """
     normals = scored["validation"].scores
     score = score or ("combined" if "combined" in normals else "anomaly_score")
     if score not in normals:
-        raise util.InputError(f"--score {score} needs a script that has not been run: there are {', '.join(normals)}")
+        raise util.InputError(
+            f"there is no score {score} here, but {', '.join(normals)}: run the script that it needs, see README.md; "
+            "GAN_R and the baselines score no pictures without labels"
+        )
     p_value = {name: measures.p_values(split.scores[score], normals[score]) for name, split in scored.items()}
     return Verdicts(
         score=score,
-        threshold=measures.threshold(normals[score], alpha),
+        threshold=measures.threshold(normals[score], alpha) if fdr is None else math.inf,
         p_value=p_value,
         flagged={name: measures.flags(values, alpha, fdr) for name, values in p_value.items()},
         level=measures.threshold(normals["peak"], alpha),

@@ -10,6 +10,7 @@ stopped, the same command goes on from the last acae.pt. evaluate.py then has th
 Next: python evaluate.py
 """
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,7 +125,7 @@ def main(config: Config) -> None:
             curves=CURVES,
             draw_samples=lambda: training.draw(autoencoder, lambda: autoencoder(shown)),
         )
-        print(f"next: python evaluate.py --run-dir {start.path.parent}")
+        print(f"next: python evaluate.py --run-dir {shlex.quote(str(start.path.parent))}")
 
 
 if __name__ == "__main__":

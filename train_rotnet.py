@@ -11,6 +11,7 @@ run.json. However it was stopped, the same command goes on from the last rotnet.
 Next: python evaluate.py
 """
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def main(config: Config) -> None:
             train_step=lambda networks, x: train_step(*networks, optimizer, x, start.autocast),
             curves=CURVES,
         )
-        print(f"next: python evaluate.py --run-dir {start.path.parent}")
+        print(f"next: python evaluate.py --run-dir {shlex.quote(str(start.path.parent))}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ class InputError(Exception):
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
     """End the process with one line on stderr: exit code 1 on bad input or lack of disk or memory, 130 on Ctrl-C."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file name need not be text that the terminal knows
     try:
         yield
     except (InputError, OSError) as error:
@@ -50,7 +51,7 @@ def help_text(doc: str) -> str:
 
     The space before each line keeps tyro from joining the lines again.
     """
-    width = min(120, shutil.get_terminal_size().columns) - 1
+    width = max(40, min(120, shutil.get_terminal_size().columns)) - 1
     paragraphs = (
         part if part.startswith(" ") else textwrap.fill(part, width, initial_indent=" ", subsequent_indent=" ")
         for part in doc.strip().split("\n\n")

@@ -1,14 +1,15 @@
 """A data set to try everything on: pictures of brass washers, and of washers with a scratch, a blot or a missing part.
 
-    python examples/planted_defects.py                     # data/washers/, in colour
-    python examples/planted_defects.py --grey              # data/washers-grey/
+    python -m examples.planted_defects                     # data/washers/, in colour
+    python -m examples.planted_defects --grey              # data/washers-grey/
 
 Draws train/good, test/good, test/scratch, test/blot, test/missing and, in MVTec AD's layout, masks of the defects
-in ground_truth/. new/ holds pictures of both kinds without labels. The same seed draws the same pictures.
+in ground_truth/. new/ holds pictures of both kinds without labels. The same seed draws the same pictures. Next:
+docs/your-own-images.md
 """
 
+import shlex
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
+
+import util
 
 WIDTH, HEIGHT = 160, 120
 DEFECTS = ("scratch", "blot", "missing")
@@ -75,9 +78,11 @@ def draw(rng: np.random.Generator, defect: str | None, grey: bool) -> tuple[np.n
 
 def main(config: Config) -> None:
     """Draw the whole set beside the place where it will stand, then put it there."""
+    util.check_at_least(config, 1, "train", "test")
+    util.check_seed(config.seed)
     folder = config.folder or Path("data/washers-grey" if config.grey else "data/washers")
     if folder.exists():
-        sys.exit(f"error: {folder} is there already: remove it, or name another with --folder")
+        raise util.InputError(f"{folder} is there already: remove it, or name another with --folder")
     rng = np.random.default_rng(config.seed)
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -102,7 +107,10 @@ def main(config: Config) -> None:
         save(f"new/part-{i:02d}.png", DEFECTS[i // 2 % 3] if i % 2 else None)
     partial.rename(folder)
     print(f"wrote {folder}/: train/good test/good {' '.join(f'test/{defect}' for defect in DEFECTS)} ground_truth new")
+    sizes = "--ngf 32 --ndf 32 --batch-size 16 --epochs 105"
+    print(f"next: python train_gan.py --dataset {shlex.quote(str(folder))} --normal-class good {sizes}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    with util.clear_errors():
+        main(tyro.cli(Config, description=util.help_text(__doc__)))

@@ -51,7 +51,7 @@ def written(tmp_path: Path, names: list[str], strip: bytes | None = None) -> tup
     split = scoring.ScoredSplit(
         images=datasets.ImageSet("mine", [], np.arange(count), np.full(count, -1), np.array(names), None),
         z=np.zeros((count, 1)),
-        class_name=np.array(["good", "bad"])[np.arange(count) % 2],
+        class_name=np.array(["good", "very  bad"])[np.arange(count) % 2],
         is_anomaly=np.zeros(count, bool),
         scores={"anomaly_score": score, "residual": -score},
         seconds={},
@@ -68,6 +68,7 @@ def written(tmp_path: Path, names: list[str], strip: bytes | None = None) -> tup
         ["7 are flagged."],
         {},
         [tmp_path / "figure.png"],
+        "images",
         split,
         np.argsort(-score),
         verdict,
@@ -99,8 +100,10 @@ def test_sorting_filters_and_pages(browser: Browser, tmp_path: Path) -> None:
     page.keyboard.press("ArrowRight")
     assert names_of(page) == down[96:] and page.locator("#next").is_disabled()
     page.keyboard.press("ArrowRight")
+    page.keyboard.press("Control+ArrowLeft")  # the browser's own
     page.keyboard.press("ArrowLeft")
     assert names_of(page) == down[48:96]
+    assert page.locator("#count").text_content() == "130 of 130 images, here 49 to 96"
 
     page.select_option("#sort", "low")
     assert names_of(page) == down[::-1][:48]
@@ -115,7 +118,7 @@ def test_sorting_filters_and_pages(browser: Browser, tmp_path: Path) -> None:
     assert page.locator("#count").text_content() == "13 of 130 images"
     assert page.locator("#gallery li.flagged").count() == 13
     page.uncheck("#flagged")
-    page.select_option("#class", "bad")
+    page.select_option("#class", "very  bad")
     assert names_of(page) == names[1::2][:48]
     page.fill("#search", "PART 01")
     assert names_of(page) == [f"part {i:03d}.png" for i in (11, 13, 15, 17, 19)]
@@ -145,7 +148,8 @@ def test_on_a_phone_and_printed(browser: Browser, tmp_path: Path) -> None:
     page, complaints = opened(browser, path, width=360)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360  # nothing to scroll sideways
     page.emulate_media(media="print")
-    assert not page.locator("form").is_visible() and page.locator("#gallery").is_visible()
+    assert not page.locator("form").is_visible() and not page.locator("#pages").is_visible()
+    assert page.locator("#gallery").is_visible() and page.locator("#count").is_visible()
     assert complaints == []
     page.close()
 
@@ -175,7 +179,7 @@ def test_the_report_of_a_run(browser: Browser, digits_workdir: Path, tmp_path: P
         rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
     ranked = sorted(rows, key=lambda row: -float(row["anomaly_score"]))
     assert names_of(page) == [row["source"] for row in ranked[:48]]
-    assert page.locator("#count").text_content() == f"{len(rows)} of {len(rows)} images"
+    assert page.locator("#count").text_content() == f"{len(rows)} of {len(rows)} images, here 1 to 48"
     flagged = [row["source"] for row in ranked if row["flagged"] == "1"]
     page.check("#flagged")
     assert names_of(page) == flagged[:48]

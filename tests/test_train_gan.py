@@ -188,7 +188,7 @@ def test_same_seed_same_weights(digits_workdir: Path, run_here: Callable[..., No
 
 
 def test_reconstruction_check(digits_workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """G that draws its images exactly explains all, one that draws the mean picture nothing."""
+    """G explains most of images that it drew itself, and next to nothing of noise."""
     run_dir = shutil.copytree(digits_workdir / "outputs/digits-0", tmp_path / "run")
     gan = runs.load_gan(run_dir, torch.device("cpu"))
     known = gan.generator(torch.randn(6, gan.latent_dim, generator=torch.Generator().manual_seed(0)))
