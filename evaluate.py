@@ -39,9 +39,7 @@ from scoring import ScoredSplit, Verdicts
 @dataclass
 class Config:
     run_dir: Path | None = None  # the run to use; by default the one trained last
-    images: tuple[str, ...] | None = (
-        None  # pictures without labels, as fit_latent.py --images was given: a verdict on each
-    )
+    images: tuple[str, ...] | None = None  # pictures without labels, as given to fit_latent.py: a verdict on each
     score: str | None = None  # what p_value and flagged rest on; by default combined if it is there, or anomaly_score
     alpha: float = 0.05  # share of normal pictures that may be flagged: those whose p_value is at most this
     fdr: float | None = None  # or flag so that of those flagged this share at most is normal (Benjamini-Hochberg)

@@ -1,4 +1,4 @@
-"""RotNet: learn to tell by how much a normal image was turned. Two scores that work where the GAN's fail rest on it.
+"""RotNet: learn to tell by how much a normal image was turned. Scores that work where the GAN's fail rest on it.
 
     python train_rotnet.py                                     # on the images of the run trained last
     python train_rotnet.py --run-dir outputs/cifar10-automobile --epochs 15

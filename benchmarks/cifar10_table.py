@@ -6,7 +6,7 @@
 Runs the scripts as a user does, a run folder for each class and seed, and adds a row a score to
 benchmarks/results/cifar10_table.csv, from which it makes cifar10_table.md. What is in the file already is not run
 again, and what stopped goes on: delete its rows to measure anew. One seeded half of the test split, `development`,
-is for choosing among scores, which evaluate.py's COMBINED was; `roc_auc` is of the other half, the `report`.
+is for choosing among scores, which scoring.py's COMBINED was; `roc_auc` is of the other half, the `report`.
 """
 
 import csv

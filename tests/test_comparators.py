@@ -101,7 +101,7 @@ def test_acae_overfits_eight_images() -> None:
     discriminator = Discriminator(32, 1, 8).apply(initialise_weights)
     config = train_acae.Config(lr=1e-3)
     optimizers = [training.prepare(network, config, CPU)[0] for network in (autoencoder, discriminator)]
-    history = [train_acae.train_step(autoencoder, discriminator, *optimizers, x, 100.0, FP32) for _ in range(200)]
+    history = [train_acae.train_step(autoencoder, discriminator, *optimizers, x, 100.0, FP32) for _ in range(600)]
     for network in autoencoder:
         runs.freeze(network, CPU)
     assert (x - autoencoder(x)).abs().mean() < 0.5 * (x - x.mean(0)).abs().mean()

@@ -211,7 +211,7 @@ def test_the_verdict_may_rest_on_any_score(
     assert "unknown score 'kdee': choose --score from anomaly_score, " in fails("evaluate.py", "--score", "kdee")
     (trained / "rotnet.pt").unlink()
     message = fails("evaluate.py", "--device", "cpu", "--score", "combined")
-    assert "--score combined needs a script that has not been run" in message
+    assert "there is no score combined here, but anomaly_score, " in message
 
 
 def test_a_rotnet_of_other_images_is_refused(trained: Path, fails: Callable[..., str]) -> None:

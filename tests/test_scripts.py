@@ -21,9 +21,9 @@ import datasets
 import runs
 
 RUN_FILES = {
-    *("gan.pt", "losses.csv", "losses.png", "samples.png", "samples.gif", "run.json"),
+    *("gan.pt", "losses.csv", "losses.png", "samples.png", "samples.gif", "reconstructions.png", "run.json"),
     *("latents-validation.npz", "latents-test.npz", "scores.csv", "metrics.json"),
-    *("roc.png", "score_histograms.png", "per_class_auc.png", "difference_maps.png", "ranking.png"),
+    *("report.html", "roc.png", "score_histograms.png", "per_class_auc.png", "difference_maps.png", "ranking.png"),
 }
 
 
