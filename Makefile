@@ -32,15 +32,16 @@ demo: $(VENV)/installed
 	@echo "  $(DEMO)/score_histograms.png   how far normal and anomalous scores lie apart"
 	@echo "  $(DEMO)/ranking.png            the most normal and the most anomalous images"
 	@echo "  $(DEMO)/scores.csv             a row an image: scores, p_value, flagged"
+	@echo "To run the scripts yourself: source $(BIN)/activate"
 
 washers washers-grey: $(VENV)/installed
 	test -d data/$@ || $(BIN)/python -m examples.planted_defects $(if $(findstring grey,$@),--grey)
-	$(BIN)/python train_gan.py --dataset data/$@ --normal-class good --run-dir outputs/$@ \
+	$(BIN)/python train_gan.py --dataset data/$@ --normal-class good --run-dir outputs/$@-good \
 	    --ngf 32 --ndf 32 --batch-size 16 --epochs 105
-	$(BIN)/python fit_latent.py --run-dir outputs/$@
-	$(BIN)/python evaluate.py --run-dir outputs/$@ --score peak
-	$(BIN)/python fit_latent.py --run-dir outputs/$@ --images data/$@/new
-	$(BIN)/python evaluate.py --run-dir outputs/$@ --images data/$@/new --score peak
+	$(BIN)/python fit_latent.py --run-dir outputs/$@-good
+	$(BIN)/python evaluate.py --run-dir outputs/$@-good --score peak
+	$(BIN)/python fit_latent.py --run-dir outputs/$@-good --images data/$@/new
+	$(BIN)/python evaluate.py --run-dir outputs/$@-good --images data/$@/new
 
 test: $(VENV)/installed-dev browser
 	$(BIN)/python -m pytest

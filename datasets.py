@@ -23,6 +23,7 @@ from tqdm import tqdm
 import util
 from util import InputError
 
+EMBEDDED = ("cifar10", "digits")  # data sets that are no folder
 SPLITS = ("train", "validation", "test", "train_anomalies")
 
 
@@ -266,8 +267,8 @@ def open_split(dataset: str, split: str, normal_class: str) -> ImageSet:
     if len(normal) < 5:
         with_images = ", ".join(images.classes[i] for i in np.unique(images.label))
         raise InputError(
-            f"class {images.classes[label]!r} has {len(normal)} training images in {dataset} and needs 5 or more: "
-            f"choose --normal-class from those with training images ({with_images})"
+            f"class {images.classes[label]!r} has {len(normal)} training images in {dataset} and needs 5 or more: add "
+            f"some, or choose --normal-class from those with training images ({with_images or 'there are none'})"
         )
     first = int(0.8 * len(normal))
     return images.take(normal[:first] if split == "train" else normal[first:])

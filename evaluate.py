@@ -40,7 +40,7 @@ from scoring import ScoredSplit, Verdicts
 class Config:
     run_dir: Path | None = None  # the run to use; by default the one trained last
     images: tuple[str, ...] | None = None  # pictures without labels, as given to fit_latent.py: a verdict on each
-    score: str | None = None  # what p_value and flagged rest on; by default combined if it is there, or anomaly_score
+    score: str | None = None  # p_value and flagged rest on it: combined, else anomaly_score; with --images the last one
     alpha: float = 0.05  # share of normal pictures that may be flagged: those whose p_value is at most this
     fdr: float | None = None  # or flag so that of those flagged this share at most is normal (Benjamini-Hochberg)
     bootstrap: int = 1000  # resamples behind each 95% interval
@@ -239,15 +239,14 @@ def evaluate_splits(config: Config, run_dir: Path, gan: runs.TrainedGAN, device:
     """Scores, figures, pictures and the report of the run folder's labelled splits."""
     started = time.monotonic()
     others = [split for split in ("train", "train_anomalies") if runs.latents_path(run_dir, split).is_file()]
-    image_sets = {
-        split: datasets.open_split(gan.dataset, split, gan.normal_class) for split in ("validation", "test", *others)
-    }
+    image_sets = {split: runs.open_split(gan, split) for split in ("validation", "test", *others)}
     scored, facts = scoring.score_run(run_dir, gan, image_sets, config.batch_size, device)
     validation, test = scored["validation"], scored["test"]
     if test.is_anomaly.all() or not test.is_anomaly.any():
         raise util.InputError(
             f"the fitted test images are all {'anomalous' if test.is_anomaly.all() else 'normal'}, and ROC-AUC needs "
-            f"both kinds: add images to {gan.dataset}, or raise --max-images of fit_latent.py"
+            f"both kinds: add images to {gan.dataset}/test (or raise --max-images of fit_latent.py), or judge pictures "
+            "without labels with --images"
         )
     verdict = scoring.verdicts(scored, config.score, config.alpha, config.fdr)
     metrics = facts | {
@@ -336,11 +335,14 @@ def judge_pictures(config: Config, run_dir: Path, gan: runs.TrainedGAN, device: 
     """A verdict on each of the pictures without labels, where it differs, and the report."""
     started = time.monotonic()
     image_sets = {
-        "validation": datasets.open_split(gan.dataset, "validation", gan.normal_class),
+        "validation": runs.open_split(gan, "validation"),
         "images": datasets.open_pictures(config.images),
     }
     scored, _ = scoring.score_run(run_dir, gan, image_sets, config.batch_size, device)
-    verdict = scoring.verdicts(scored, config.score, config.alpha, config.fdr)
+    # By default the score that the test images were judged by, so that what was measured is what is used
+    metrics = runs.read_json(run_dir / "metrics.json")
+    score = config.score or metrics.get("threshold", {}).get("score")
+    verdict = scoring.verdicts(scored, score, config.alpha, config.fdr)
     validation, pictures = scored["validation"], scored["images"]
     score, p_value, flagged = pictures.scores[verdict.score], verdict.p_value["images"], verdict.flagged["images"]
     ranked = np.argsort(-score, kind="stable")  # the most anomalous first

@@ -84,7 +84,7 @@ def main(config: Config) -> None:
         print(f"run: {run_dir}   normal class: {gan.normal_class}")
 
         def load(split: str) -> tuple[np.ndarray, datasets.ImageSet]:
-            images = datasets.open_split(gan.dataset, split, gan.normal_class)
+            images = runs.open_split(gan, split)
             pixels, images = datasets.load_images(images, gan.image_size, gan.image_channels, config.skip_unreadable)
             if len(images) == 0:
                 raise util.InputError(f"the split {split} of {gan.dataset} holds no image that can be read")

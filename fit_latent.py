@@ -92,14 +92,9 @@ def why_redo(
 def chosen_images(gan: runs.TrainedGAN, split: str, config: Config) -> datasets.ImageSet:
     """The images of a split or of --images, or --max-images of them.
 
-    Raises InputError if there are none, or of other classes.
+    Raises InputError if there are none, or as `runs.open_split` does.
     """
-    if split == "images":
-        images = datasets.open_pictures(config.images)
-    else:
-        images = datasets.open_split(gan.dataset, split, gan.normal_class)
-        if images.classes != gan.classes:
-            raise util.InputError(f"{gan.dataset} has other classes than gan.pt was trained with: train again")
+    images = datasets.open_pictures(config.images) if split == "images" else runs.open_split(gan, split)
     if config.max_images is not None:
         images = images.take(stratified_subset(images.label, config.max_images, config.seed))
     if len(images) == 0:

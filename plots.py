@@ -161,7 +161,7 @@ def score_histograms(
 def per_class_auc(path: Path, metrics: dict, title: str) -> None:
     """ROC-AUC of each anomalous class against the normals, a bar a score, with 95% intervals."""
     names = list(next(iter(metrics.values()))["per_class"])
-    size = (max(6.0, 0.14 * len(metrics) * len(names) + 2), 4.2)
+    size = (max(10.0, 0.14 * len(metrics) * len(names) + 2), 4.2)
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     width = 0.8 / len(metrics)
     for i, (score, overall) in enumerate(metrics.items()):

@@ -62,7 +62,7 @@ def write(
         labels=plots.LABELS,
         score=verdict.score,
         figures={each.stem.replace("_", " "): base64.b64encode(each.read_bytes()).decode() for each in figures},
-        data={"scores": list(split.scores), "rows": rows},
+        data={"scores": list(split.scores), "verdict": verdict.score, "rows": rows},
         classes=sorted({str(each) for each in split.class_name} - {""}),
         without_picture=len(rows) - len(pictures),
         level=verdict.level if math.isfinite(verdict.level) else None,

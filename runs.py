@@ -7,6 +7,7 @@ import io
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -116,6 +117,7 @@ class TrainedGAN:
     ndf: int
     batch_size: int
     epoch: float  # how many epochs it was trained for
+    training_set: str  # fingerprint of the split it was trained on, by the images' names
     training_images: str  # how many, and their checksum
     fingerprint: str  # SHA-256 of the file: what was fitted with it names it
 
@@ -173,6 +175,7 @@ def load_gan(run_dir: Path, device: torch.device) -> TrainedGAN:
             ndf=config["ndf"],
             batch_size=config["batch_size"],
             epoch=state["epoch"],
+            training_set=state["training_set"],
             training_images=config["training_images"],
             fingerprint=fingerprint,
         )
@@ -328,8 +331,9 @@ def read_fits(run_dir: Path, gan: TrainedGAN, splits: list[str], discrimination:
     """
 
     def again(split: str) -> str:
-        which = "--images with your pictures" if split == "images" else f"--splits {split}"
-        return f"run fit_latent.py --run-dir {run_dir} --discrimination {discrimination} {which}"
+        guided = "" if discrimination == "features" else f" --discrimination {discrimination}"
+        which = " --images with your pictures" if split == "images" else f" --splits {split}" if guided else ""
+        return f"run fit_latent.py --run-dir {shlex.quote(str(run_dir))}{guided}{which}"
 
     latents = {}
     for split in splits:
@@ -337,7 +341,7 @@ def read_fits(run_dir: Path, gan: TrainedGAN, splits: list[str], discrimination:
         try:
             latents[split] = read_latents(path, split, gan)
         except InputError as error:
-            raise InputError(f"{error}: {again(split)}, which mends it") from error
+            raise InputError(f"{error}: {again(split)}") from error
         if latents[split]["search"]["discrimination"] != discrimination:
             raise InputError(f"{path} was not guided by the {discrimination} loss: {again(split)} again")
     expected = latents["validation"]["search"]
@@ -368,6 +372,25 @@ def read_baselines(run_dir: Path, gan: TrainedGAN, split: str, index: np.ndarray
     if not np.array_equal(found["index"][rows], index):
         raise InputError(f"{path} lacks some of the images that were searched: {again} again")
     return {name: found[name][rows] for name in BASELINES}
+
+
+def open_split(gan: TrainedGAN, split: str) -> datasets.ImageSet:
+    """A split of the data set that this GAN was trained on.
+
+    Raises InputError if the classes or the training images' names have changed since, which would move pictures that
+    the GAN has seen into `validation`.
+    """
+    images = datasets.open_split(gan.dataset, split, gan.normal_class)
+    if images.classes != gan.classes:
+        raise InputError(f"{gan.dataset} has other classes than gan.pt was trained with: train again")
+    if split != "test":
+        training = images if split == "train" else datasets.open_split(gan.dataset, "train", gan.normal_class)
+        if training.fingerprint() != gan.training_set:
+            raise InputError(
+                f"the training part of {gan.dataset} has other pictures than when gan.pt was trained, so that "
+                "validation would not be new to it: put them back, or train again with train_gan.py --fresh"
+            )
+    return images
 
 
 def fitted_images(image_set: datasets.ImageSet, split: str, latents: dict) -> datasets.ImageSet:
@@ -409,14 +432,18 @@ def record_run(run_dir: Path, script: str, config: Any, device: torch.device, se
 
 def read_record(run_dir: Path) -> dict[str, dict]:
     """What `record_run` wrote to `run_dir`/run.json, by script. Raises InputError if it is damaged."""
-    path = run_dir / "run.json"
+    return read_json(run_dir / "run.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote, {} if there is no such file. Raises InputError if it is damaged."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if not isinstance(record, dict):
-            raise ValueError(f"it holds a {type(record).__name__}")
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}): remove it and run again") from error
-    return record
+    return content
 
 
 def _device_name(device: torch.device) -> str:

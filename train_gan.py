@@ -11,7 +11,7 @@ weights. At its end it says how well G draws normal pictures that it has not see
 """
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ CURVES = {
 @dataclass
 class Config:
     dataset: str = "cifar10"  # cifar10, digits, or a folder with train/<class>/ and test/<class>/
-    normal_class: str = "1"  # name or index of the class to call normal; in CIFAR-10, 1 is automobile
+    normal_class: str | None = None  # the class to call normal, name or index; by default 1, or the only one in train/
     image_size: int = 64  # side in pixels, a power of two from 32 up; images are resized and cut to it
     latent_dim: int = 128  # length of z
     ngf: int = 64  # width of the generator's last hidden layer
@@ -112,6 +112,9 @@ def main(config: Config) -> None:
     device = util.pick_device(config.device)
     if config.sync_batchnorm and device.type != "cuda":
         raise util.InputError("--sync-batchnorm works on GPUs only: leave it out")
+    config = replace(config, normal_class=default_class(config))
+    if Path(config.dataset).is_dir() and config.dataset not in datasets.EMBEDDED:
+        config = replace(config, dataset=str(Path(config.dataset).resolve()))  # the other scripts may run elsewhere
     with util.processes(device) as (_, processes):
         normal = datasets.open_split(config.dataset, "train", config.normal_class)
         images = training.load_training_images(normal, config.image_size, 3, config.skip_unreadable, processes)
@@ -128,6 +131,26 @@ def main(config: Config) -> None:
             if util.rank() == 0 and len(unseen) > 0:
                 check_reconstruction(run_dir, images, unseen, device)
             print(f"next: python fit_latent.py --run-dir {shlex.quote(str(run_dir))}")
+
+
+def default_class(config: Config) -> str:
+    """The class to call normal if none is named: of a folder the only one in train/, else number 1.
+
+    Raises InputError if train/ has several, or none.
+    """
+    if config.normal_class is not None or config.dataset in datasets.EMBEDDED:
+        return config.normal_class or "1"
+    images = datasets.open_dataset(config.dataset, "train")
+    names = [images.classes[label] for label in np.unique(images.label)]
+    if not names:
+        raise util.InputError(
+            f"{config.dataset}/train holds no pictures: put normal ones into a folder there, train/good"
+        )
+    if len(names) > 1:
+        raise util.InputError(
+            f"{config.dataset}/train has pictures of {', '.join(names)}: name one with --normal-class"
+        )
+    return names[0]
 
 
 def train(
@@ -176,7 +199,12 @@ def train(
         train_step=lambda networks, real: train_step(*networks, optimizer_g, optimizer_d, real, config, autocast),
         curves=CURVES,
         draw_samples=lambda: training.draw(generator, lambda: generator(fixed_z)),
-        about={"classes": normal.classes, "normal_class": normal_class, "image_channels": channels},
+        about={
+            "classes": normal.classes,
+            "normal_class": normal_class,
+            "image_channels": channels,
+            "training_set": normal.fingerprint(),
+        },
     )
 
 
@@ -203,6 +231,8 @@ def check_reconstruction(run_dir: Path, images: torch.Tensor, unseen: torch.Tens
         f"normals, the median picture leaves {left_by_median:.3f}: G explains {explained:.0%}, see "
         f"{run_dir / 'reconstructions.png'}"
     )
+    if explained <= 0:
+        print("G is not good enough: one picture for all would explain more. See docs/your-own-images.md")
 
 
 if __name__ == "__main__":

@@ -243,11 +243,11 @@ def test_heat_maps_find_planted_defects(
 
     mask = Path("washers/ground_truth/missing/003_mask.png")
     Image.new("1", (160, 120)).save(mask)
-    assert f"the mask {mask} is empty" in fails("evaluate.py", *CPU)
+    assert f"{mask} is empty" in fails("evaluate.py", *CPU)
     Image.new("1", (120, 160), 1).save(mask)
-    assert f"the mask {mask} has another size than test/missing/003.png" in fails("evaluate.py", *CPU)
+    assert f"{mask} has another size than test/missing/003.png" in fails("evaluate.py", *CPU)
     mask.unlink()
-    assert f"the mask {mask} of test/missing/003.png cannot be read" in fails("evaluate.py", *CPU)
+    assert f"{mask} of test/missing/003.png cannot be read" in fails("evaluate.py", *CPU)
 
 
 def test_share_flagged_of_fresh_normals(trained: Path, run_here: Callable[..., None]) -> None:
@@ -272,6 +272,38 @@ def test_share_flagged_of_fresh_normals(trained: Path, run_here: Callable[..., N
                 shares.append(measures.flags(p_value, alpha).mean())
             assert np.mean(shares) <= alpha + 3 * np.std(shares) / 400**0.5
             assert np.mean(shares) >= 0.4 * alpha  # no idle bound
+
+
+def test_pictures_may_not_join_the_training_set_later(
+    trained: Path, run_here: Callable[..., None], fails: Callable[..., str]
+) -> None:
+    """A new name can move pictures that the GAN has seen into validation, which must be new to it."""
+    root = trained.parents[1]
+    for name in ("train/good", "test/good", "test/bad"):
+        for i in range(10):
+            draw(root / f"set/{name}/{i}.png", value=(i, 0, 0))
+    run_here("train_gan.py", "--dataset", "set", "--epochs", "1", *TINY)  # train/ has one class, which is normal
+    draw(root / "set/train/good/+new.png", value=(50, 0, 0))
+    for script in ("fit_latent.py", "fit_baselines.py", "train_rotnet.py"):
+        message = fails(script, "--run-dir", "outputs/set-good")
+        assert "than when gan.pt was trained" in message or "not those of gan.pt" in message
+    (root / "set/train/good/+new.png").unlink()
+    draw(root / "set/train/other/0.png")
+    assert "train has pictures of good, other: name one with --normal-class" in fails(
+        "train_gan.py", "--dataset", "set"
+    )
+
+
+def test_own_pictures_are_judged_by_the_score_that_was_measured(trained: Path, run_here: Callable[..., None]) -> None:
+    digit(trained.parents[1] / "mine/a.png", 7)
+    run_here("fit_latent.py", "--steps", "20", "--images", "mine", *CPU)
+    for score in ("peak", "rotation"):
+        run_here("evaluate.py", "--bootstrap", "5", "--score", score, *CPU)
+        run_here("evaluate.py", "--images", "mine", *CPU)
+        (row,) = read_verdicts(trained / "images-mine").values()
+        normals = [float(other[score]) for other in read_scores(trained) if other["split"] == "validation"]
+        p_value = (1 + (np.array(normals) >= float(row[score])).sum()) / (1 + len(normals))
+        assert float(row["p_value"]) == pytest.approx(p_value)
 
 
 def test_a_small_training_of_pictures(tmp_path: Path, run_here: Callable[..., None]) -> None:
