@@ -58,7 +58,14 @@ def small_gan() -> runs.TrainedGAN:
             discriminator(generator(torch.randn(64, 4)))  # statistics for BatchNorm
     for network in (generator, discriminator):
         runs.freeze(network, CPU)
-    facts = {"dataset": "", "classes": [], "normal_class": "", "training_images": "", "fingerprint": ""}
+    facts = {
+        "dataset": "",
+        "classes": [],
+        "normal_class": "",
+        "training_images": "",
+        "training_set": "",
+        "fingerprint": "",
+    }
     sizes = {"image_size": 32, "image_channels": 1, "latent_dim": 4, "ngf": 8, "ndf": 8, "batch_size": 8, "epoch": 0.0}
     return runs.TrainedGAN(generator, discriminator, **facts, **sizes)
 
