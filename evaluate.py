@@ -75,7 +75,7 @@ def pixel_metrics(
     """
 
     def heat_and_mask() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for rows, x, generated in drawn(gan, test, np.arange(len(test.images)), batch_size, device):
+        for rows, x, generated in scoring.drawn(gan, test.images, test.z, batch_size, device):
             for row, heat in zip(rows, heatmaps.difference(x, generated), strict=True):
                 size = test.images.picture(row).size
                 mask = np.zeros(size[::-1], bool)
@@ -84,14 +84,6 @@ def pixel_metrics(
                 yield heatmaps.at_own_size(heat, size), mask
 
     return measures.pixel_metrics(heat_and_mask(), level)
-
-
-def drawn(
-    gan: runs.TrainedGAN, split: ScoredSplit, rows: np.ndarray, batch_size: int, device: torch.device
-) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
-    """These rows of a split in parts: positions (N,), x and G(z), each (N, C, H, W) in [-1, 1]."""
-    for part in np.split(rows, range(batch_size, len(rows), batch_size)):
-        yield part, *scoring.real_and_generated(gan, split, part, batch_size, device)
 
 
 def strips(
@@ -103,7 +95,7 @@ def strips(
     device: torch.device,
 ) -> Iterator[bytes]:
     """For report.html, in this order: each image's four panels side by side, as the bytes of a WebP file."""
-    for _, x, generated in drawn(gan, split, order, batch_size, device):
+    for _, x, generated in scoring.drawn(gan, split.images.take(order), split.z[order], batch_size, device):
         heat = heatmaps.difference(x, generated)
         panels = heatmaps.panels(x, generated, heat, verdict.level, verdict.brightest)
         for strip in np.concatenate(panels, 2):  # (H, 4 W, 3)
@@ -127,7 +119,7 @@ def mark_pictures(
     source = [Path(os.path.abspath(each)) for each in pictures.images.source]
     top = os.path.commonpath([each.parent for each in source])
     with util.progress_bar(len(source), " pictures", desc="marking", leave=False) as bar:
-        for rows, x, generated in drawn(gan, pictures, np.arange(len(source)), batch_size, device):
+        for rows, x, generated in scoring.drawn(gan, pictures.images, pictures.z, batch_size, device):
             for row, heat in zip(rows, heatmaps.difference(x, generated), strict=True):
                 picture = pictures.images.picture(row)
                 whole = heatmaps.at_own_size(heat, picture.size)

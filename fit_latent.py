@@ -108,12 +108,9 @@ def check_same_search(run_dir: Path, gan: runs.TrainedGAN, search: dict) -> None
     A verdict compares with them, so other pictures are not to be searched for hours in vain.
     """
     normals = runs.read_fits(run_dir, gan, ["validation"])["validation"]["search"]
-    if differing := [
-        f"{name} {normals.get(name)}" for name in sorted({*normals, *search}) if normals.get(name) != search.get(name)
-    ]:
-        raise util.InputError(
-            f"the validation images were searched with {', '.join(differing)}: use the same for --images"
-        )
+    if differing := runs.differing_settings(normals, search):
+        settings = ", ".join(f"{name} {normals.get(name)}" for name in differing)
+        raise util.InputError(f"the validation images were searched with {settings}: use the same for --images")
 
 
 def missing_shards(

@@ -55,10 +55,15 @@ def p_values(score: np.ndarray, of_normals: np.ndarray) -> np.ndarray:
     return (1 + len(of_normals) - below) / (len(of_normals) + 1)
 
 
+def possible_p_values(alpha: float, normals: int) -> int:
+    """How many of the p-values that so many normals allow, 1 / (V + 1) to V / (V + 1), are at most alpha."""
+    return min(math.floor(alpha * (normals + 1) + 1e-9), normals)
+
+
 def threshold(of_normals: np.ndarray, alpha: float) -> float:
     """The score above which a p-value is at most alpha; infinite if there are too few normals (V,) for any to be."""
-    k = math.floor(alpha * (len(of_normals) + 1) + 1e-9)  # so many p-values are possible up to alpha
-    return float(np.sort(of_normals)[-min(k, len(of_normals))]) if k > 0 else math.inf
+    k = possible_p_values(alpha, len(of_normals))
+    return float(np.sort(of_normals)[-k]) if k > 0 else math.inf
 
 
 def false_alarm_bound(alpha: float, normals: int) -> float:
@@ -66,7 +71,7 @@ def false_alarm_bound(alpha: float, normals: int) -> float:
 
     On average over sets of normals it is at most alpha; that of one set is a beta variable (Vovk 2012).
     """
-    k = min(math.floor(alpha * (normals + 1) + 1e-9), normals)
+    k = possible_p_values(alpha, normals)
     return float(beta.ppf(0.95, k, normals + 1 - k)) if k > 0 else 0.0
 
 

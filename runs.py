@@ -324,6 +324,11 @@ def read_arrays(
     return arrays
 
 
+def differing_settings(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The names of the settings that are not the same in both, sorted; one that is missing counts as None."""
+    return [name for name in sorted({*one, *other}) if one.get(name) != other.get(name)]
+
+
 def read_fits(run_dir: Path, gan: TrainedGAN, splits: list[str], discrimination: str = "features") -> dict[str, dict]:
     """The latents of these splits, found by feature matching or another discrimination loss.
 
@@ -346,8 +351,7 @@ def read_fits(run_dir: Path, gan: TrainedGAN, splits: list[str], discrimination:
             raise InputError(f"{path} was not guided by the {discrimination} loss: {again(split)} again")
     expected = latents["validation"]["search"]
     for split, found in latents.items():
-        names = sorted({*expected, *found["search"]})
-        if differing := [name for name in names if found["search"].get(name) != expected.get(name)]:
+        if differing := differing_settings(expected, found["search"]):
             raise InputError(
                 f"validation and {split} were fitted with different settings ({', '.join(differing)}): "
                 f"{again('validation')} and {again(split)} with the same, or remove the older"

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,20 @@ def remember_training(
 
 
 @torch.no_grad()
+def drawn(
+    gan: runs.TrainedGAN, image_set: datasets.ImageSet, z: np.ndarray, batch_size: int, device: torch.device
+) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
+    """A set's images with what G draws from their z (M, latent_dim), batch by batch.
+
+    Yields positions in the set (N,), x and G(z), each (N, C, H, W) in [-1, 1], on the device.
+    """
+    batches = datasets.chunks(range(len(image_set)), batch_size)
+    for images, positions, _ in datasets.image_batches(image_set, batches, gan.image_size, gan.image_channels):
+        x = datasets.to_model(images, device).contiguous(memory_format=torch.channels_last)
+        yield positions, x, gan.generator(torch.from_numpy(z[positions]).to(device))
+
+
+@torch.no_grad()
 def score_split(
     gan: runs.TrainedGAN,
     image_set: datasets.ImageSet,
@@ -59,12 +74,8 @@ def score_split(
     device: torch.device,
 ) -> ScoredSplit:
     """A(x) and its parts R and D as the search left them, and the scores `by_name`, of a set's images."""
-    batches = datasets.chunks(range(len(image_set)), batch_size)
-    decoded = datasets.image_batches(image_set, batches, gan.image_size, gan.image_channels)
     found, seconds = {name: [] for name in by_name}, dict.fromkeys(by_name, 0.0)
-    for images, positions, _ in decoded:
-        x = datasets.to_model(images, device).contiguous(memory_format=torch.channels_last)
-        generated = gan.generator(torch.from_numpy(latents["z"][positions]).to(device))
+    for _, x, generated in drawn(gan, image_set, latents["z"], batch_size, device):
         if x.is_cuda:
             torch.cuda.synchronize(x.device)  # or the first score would wait for what has been started
         for name, score in by_name.items():
@@ -178,12 +189,13 @@ def verdicts(scored: dict[str, ScoredSplit], score: str | None, alpha: float, fd
     )
 
 
-@torch.no_grad()
 def real_and_generated(
     gan: runs.TrainedGAN, split: ScoredSplit, rows: np.ndarray, batch_size: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x and G(z) of some rows of a split, each (N, C, H, W) in [-1, 1], on the CPU."""
-    images, _ = datasets.load_images(split.images.take(rows), gan.image_size, gan.image_channels)
-    z = torch.from_numpy(split.z[rows]).to(device)
-    generated = torch.cat([gan.generator(batch).cpu() for batch in z.split(batch_size)])
-    return datasets.to_model(images), generated
+    parts = [
+        (x.cpu(), generated.cpu())
+        for _, x, generated in drawn(gan, split.images.take(rows), split.z[rows], batch_size, device)
+    ]
+    real, generated = (torch.cat(each) for each in zip(*parts, strict=True))
+    return real, generated

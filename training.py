@@ -148,8 +148,8 @@ def check_same_settings(path: Path, before: dict[str, object], now: dict[str, ob
     """
     differing = [
         f"{name} {before.get(name)}, not {now.get(name)}"
-        for name in sorted({*before, *now} - {"epochs", "dataset"})
-        if before.get(name) != now.get(name)
+        for name in runs.differing_settings(before, now)
+        if name not in ("epochs", "dataset")
     ]
     if differing:
         raise util.InputError(
