@@ -13,7 +13,6 @@ import csv
 import io
 import math
 import os
-import shlex
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -319,7 +318,7 @@ def evaluate_splits(config: Config, run_dir: Path, gan: runs.TrainedGAN, device:
         f"\nwrote {run_dir}/: scores.csv metrics.json report.html roc.png score_histograms.png per_class_auc.png "
         "difference_maps.png ranking.png run.json"
         f"\nnext: open {run_dir / 'report.html'} in a browser, or judge your own pictures: "
-        f"python fit_latent.py --run-dir {shlex.quote(str(run_dir))} --images PATH"
+        f"python fit_latent.py --run-dir {util.quoted(run_dir)} --images PATH"
     )
 
 

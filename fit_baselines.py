@@ -8,7 +8,6 @@ baselines-<split>.npz to the run folder: their scores of every image, high where
 Next: python evaluate.py
 """
 
-import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +137,7 @@ def main(config: Config) -> None:
         for name, each in seconds.items():
             print(f"{name:<18} fitted in {each['fit']:.1f} s, scores 1,000 images in {each['score_1000']:.2f} s")
         print(f"wrote {run_dir}/: {' '.join(f'baselines-{split}.npz' for split in config.splits)} run.json")
-        print(f"next: python evaluate.py --run-dir {shlex.quote(str(run_dir))}")
+        print(f"next: python evaluate.py --run-dir {util.quoted(run_dir)}")
 
 
 if __name__ == "__main__":

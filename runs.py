@@ -7,7 +7,6 @@ import io
 import json
 import os
 import platform
-import shlex
 import subprocess
 import sys
 import time
@@ -97,7 +96,9 @@ def find_run(run_dir: Path | None) -> Path:
             raise InputError("no outputs/*/gan.pt here: run train_gan.py first, or name a run with --run-dir")
         return trained[-1].parent
     if not (run_dir / "gan.pt").is_file():
-        raise InputError(f"{run_dir} has no gan.pt: run train_gan.py --run-dir {run_dir} first, or name another run")
+        raise InputError(
+            f"{run_dir} has no gan.pt: run train_gan.py --run-dir {util.quoted(run_dir)} first, or name another run"
+        )
     return run_dir
 
 
@@ -199,12 +200,12 @@ def load_encoder(run_dir: Path, gan: TrainedGAN, device: torch.device) -> Traine
     `reading_checkpoint` does."""
     path = run_dir / "encoder.pt"
     if not path.is_file():
-        raise InputError(f"{path} is missing: run train_encoder.py --run-dir {run_dir} first")
+        raise InputError(f"{path} is missing: run train_encoder.py --run-dir {util.quoted(run_dir)} first")
     with reading_checkpoint(path, "train_encoder.py") as (state, fingerprint):
         if state["config"]["gan"] != gan.fingerprint:
             raise InputError(
                 f"{path} was trained for another gan.pt than the one that is there now: run train_encoder.py "
-                f"--run-dir {run_dir} --fresh, or remove it"
+                f"--run-dir {util.quoted(run_dir)} --fresh, or remove it"
             )
         encoder = Encoder(gan.image_size, gan.image_channels, gan.latent_dim, gan.ndf)
         encoder.load_state_dict(state["encoder"])
@@ -338,7 +339,7 @@ def read_fits(run_dir: Path, gan: TrainedGAN, splits: list[str], discrimination:
     def again(split: str) -> str:
         guided = "" if discrimination == "features" else f" --discrimination {discrimination}"
         which = " --images with your pictures" if split == "images" else f" --splits {split}" if guided else ""
-        return f"run fit_latent.py --run-dir {shlex.quote(str(run_dir))}{guided}{which}"
+        return f"run fit_latent.py --run-dir {util.quoted(run_dir)}{guided}{which}"
 
     latents = {}
     for split in splits:
@@ -367,7 +368,7 @@ def read_baselines(run_dir: Path, gan: TrainedGAN, split: str, index: np.ndarray
     path = run_dir / f"baselines-{split}.npz"
     if not path.is_file():
         return {}
-    again = f"run fit_baselines.py --run-dir {run_dir} --splits {split}"
+    again = f"run fit_baselines.py --run-dir {util.quoted(run_dir)} --splits {split}"
     try:
         found = read_arrays(path, "fit_baselines.py", split, gan, dict.fromkeys(BASELINES, ()))
     except InputError as error:

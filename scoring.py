@@ -133,7 +133,8 @@ def score_run(
             scored[split].scores.update(runs.read_baselines(run_dir, gan, split, fitted.index))
     if len({tuple(split.scores) for split in scored.values()}) > 1:
         raise util.InputError(
-            f"not every split has baselines: run fit_baselines.py --run-dir {run_dir} --splits {' '.join(splits)}"
+            f"not every split has baselines: run fit_baselines.py --run-dir {util.quoted(run_dir)} --splits "
+            f"{' '.join(splits)}"
         )
     if rotnet:
         of_validation = [scored["validation"].scores[name] for name in COMBINED]

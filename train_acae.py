@@ -10,7 +10,6 @@ stopped, the same command goes on from the last acae.pt. evaluate.py then has th
 Next: python evaluate.py
 """
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,7 +124,7 @@ def main(config: Config) -> None:
             curves=CURVES,
             draw_samples=lambda: training.draw(autoencoder, lambda: autoencoder(shown)),
         )
-        print(f"next: python evaluate.py --run-dir {shlex.quote(str(start.path.parent))}")
+        print(f"next: python evaluate.py --run-dir {util.quoted(start.path.parent)}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ then has the score `f_anogan`, which needs no search, and `fit_latent.py --init 
 Next: python evaluate.py
 """
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,9 +79,7 @@ def main(config: Config) -> None:
             curves=CURVES,
             draw_samples=lambda: training.draw(encoder, lambda: gan.generator(encoder(shown))),
         )
-        print(
-            f"next: python evaluate.py --run-dir {shlex.quote(str(start.path.parent))}, or fit_latent.py --init encoder"
-        )
+        print(f"next: python evaluate.py --run-dir {util.quoted(start.path.parent)}, or fit_latent.py --init encoder")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ outputs/<data set>-<normal class>/. However it was stopped, the same command goe
 weights. At its end it says how well G draws normal pictures that it has not seen. Next: python fit_latent.py
 """
 
-import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -130,7 +129,7 @@ def main(config: Config) -> None:
             train(config, normal, images, run_dir, device, processes)
             if util.rank() == 0 and len(unseen) > 0:
                 check_reconstruction(run_dir, images, unseen, device)
-            print(f"next: python fit_latent.py --run-dir {shlex.quote(str(run_dir))}")
+            print(f"next: python fit_latent.py --run-dir {util.quoted(run_dir)}")
 
 
 def default_class(config: Config) -> str:

@@ -11,7 +11,6 @@ run.json. However it was stopped, the same command goes on from the last rotnet.
 Next: python evaluate.py
 """
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,7 +108,7 @@ def main(config: Config) -> None:
             train_step=lambda networks, x: train_step(*networks, optimizer, x, start.autocast),
             curves=CURVES,
         )
-        print(f"next: python evaluate.py --run-dir {shlex.quote(str(start.path.parent))}")
+        print(f"next: python evaluate.py --run-dir {util.quoted(start.path.parent)}")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 import contextlib
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
 import textwrap
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -57,6 +59,11 @@ def help_text(doc: str) -> str:
         for part in doc.strip().split("\n\n")
     )
     return "\n\n".join(paragraphs)
+
+
+def quoted(path: Path) -> str:
+    """A path as it must be typed in a shell, for the commands that messages name."""
+    return shlex.quote(str(path))
 
 
 def check_at_least(config: Any, minimum: float, *names: str) -> None:
