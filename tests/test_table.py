@@ -48,6 +48,13 @@ def test_markdown_by_hand() -> None:
     assert "| `new` | 90.0 |  |  | 0 |" in lines  # no mean without every class
 
 
+def test_published_figures_have_their_published_mean() -> None:
+    whole = {name: row for name, row in cifar10_table.PUBLISHED.items() if len(row[1]) == 10}
+    assert {"OCGAN", "GeoTrans"} <= set(whole)
+    for mean, of_class, _ in whole.values():
+        assert np.mean(list(of_class.values())) == pytest.approx(mean, abs=0.05)
+
+
 def test_every_class_is_measured_once(
     tmp_path: Path, run_here: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
