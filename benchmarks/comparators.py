@@ -108,11 +108,12 @@ def main(config: Config) -> None:
         axes.set(xlabel="false positive rate", ylabel="true positive rate", title=f"{title}\n{counts}")
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
         axes.grid(alpha=0.3)
-        seconds = seconds_of(record)
+        seconds, hyperparameters = seconds_of(record), record["train_gan"]["hyperparameters"]
         results[title] = {
             "commits": {script: record[script]["git_commit"] for script in SCRIPTS},
-            # where the run folder stood says nothing about the figures
-            "training": {k: v for k, v in record["train_gan"]["hyperparameters"].items() if k != "run_dir"},
+            # where the folders stood says nothing about the figures
+            "training": {k: v for k, v in hyperparameters.items() if k != "run_dir"}
+            | {"dataset": Path(hyperparameters["dataset"]).name},
             "scores": {
                 name: {key: metrics["test"][name][key] for key in ("roc_auc", "roc_auc_95_interval")}
                 | {f"seconds_to_{key}_1000": round(value, 4) for key, value in seconds[name].items()}

@@ -102,7 +102,7 @@ def main(config: Config) -> None:
     for axes in grid[:, 0]:
         axes.set_ylabel("mean loss of the search")
     figure.suptitle(
-        f"{gan.dataset}, {gan.normal_class}, {gan.image_size}x{gan.image_size}, {len(images)} validation images"
+        f"{about['dataset']}, {gan.normal_class}, {gan.image_size}x{gan.image_size}, {len(images)} validation images"
     )
     with runs.replacing(Path(__file__).parents[1] / "docs/convergence.png") as partial:
         figure.savefig(partial, dpi=100)

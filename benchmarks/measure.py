@@ -127,7 +127,7 @@ def about(device: torch.device) -> dict[str, str | None]:
 def about_gan(gan: runs.TrainedGAN) -> dict[str, Any]:
     """Which GAN a figure belongs to."""
     return {
-        "dataset": gan.dataset,
+        "dataset": Path(gan.dataset).name,  # where a folder stood says nothing about the figures
         "normal_class": gan.normal_class,
         "image_size": gan.image_size,
         "ngf": gan.generator.layers[-2].in_channels,
