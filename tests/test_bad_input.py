@@ -117,8 +117,9 @@ def test_scripts_out_of_order(digits_workdir: Path, trained: Path, tmp_path: Pat
     shutil.rmtree(tmp_path / "outputs")
     for script in ("fit_latent.py", "evaluate.py"):
         assert "run train_gan.py first" in fails(script)
-    # a command that is named can be pasted into a shell
-    assert "run train_gan.py --run-dir 'some where' first" in fails("fit_latent.py", "--run-dir", "some where")
+    message = fails("fit_latent.py", "--run-dir", "some where")
+    assert "has no gan.pt" in message
+    assert "run train_gan.py --run-dir 'some where' first" in message  # as it can be pasted into a shell
 
 
 @pytest.mark.parametrize(
