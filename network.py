@@ -1,4 +1,4 @@
-"""The two networks of a DCGAN (Radford et al. 2016), as AnoGAN (Schlegl et al. 2017) uses them, an encoder, and RotNet.
+"""The two networks of a DCGAN (Radford et al. 2016), as AnoGAN (Schlegl et al. 2017) uses them.
 
 `image_size` sets the length of both ladders: every rung doubles or halves the side, between 4 and `image_size`.
 At 64 the generator's widths are 8, 4, 2, 1 x ngf at 4x4, 8x8, 16x16, 32x32, then the image; the discriminator is its
@@ -54,9 +54,11 @@ class Generator(nn.Module):
 def downward_ladder(
     image_size: int, image_channels: int, ndf: int, deep: bool = False, first_bias: bool = False
 ) -> nn.Sequential:
-    """The hidden layers of D, E and RotNet: (N, image_channels, image_size, image_size) to (N, 8 ndf, 4, 4) at
-    image_size 64, and (N, 4 ndf, 4, 4) at 32. With `deep` each rung has a second convolution, which keeps the side;
-    with `first_bias` the first convolution has a bias, the only one without BatchNorm, which has its own.
+    """The hidden layers of D, and of the detectors' networks: (N, image_channels, image_size, image_size) to
+    (N, 8 ndf, 4, 4) at image_size 64, and (N, 4 ndf, 4, 4) at 32.
+
+    With `deep` each rung has a second convolution, which keeps the side. With `first_bias` the first convolution has a
+    bias: it alone has no BatchNorm, which brings a bias of its own.
 
     Raises ValueError unless `image_size` is a power of two from 32 up.
     """
@@ -84,9 +86,9 @@ class Discriminator(nn.Module):
 
     def __init__(self, image_size: int = 64, image_channels: int = 3, ndf: int = 64) -> None:
         super().__init__()
-        # Without the bias D hardly sees contrast: twice the pixels would be twice every feature up to the first
-        # BatchNorm, which divides it out, since D sees real and generated images in batches of their own. On pictures
-        # that do not reach black and white, G's colours then drift
+        # Without the bias D hardly sees contrast: doubling the pixels would double every feature up to the first
+        # BatchNorm, which divides it out, since real and generated images come in separate batches. On pictures that
+        # do not reach black and white, G's colours then drift
         self.body = downward_ladder(image_size, image_channels, ndf, first_bias=True)
         self.head = nn.Conv2d(ndf * channel_multipliers(image_size)[-1], 1, 4, 1, 0, bias=False)
 
@@ -100,7 +102,7 @@ class Discriminator(nn.Module):
 
 
 class Encoder(nn.Module):
-    """E: an image in [-1, 1] to a latent z, by D's hidden layers with a head of its own.
+    """E: an image in [-1, 1] to a latent z, by D's hidden layers with a head of its own: for f-AnoGAN and the aCAE.
 
     Raises ValueError unless `image_size` is a power of two from 32 up.
     """
@@ -108,39 +110,12 @@ class Encoder(nn.Module):
     def __init__(self, image_size: int = 64, image_channels: int = 3, latent_dim: int = 128, ndf: int = 64) -> None:
         super().__init__()
         self.body = downward_ladder(image_size, image_channels, ndf)
-        # No tanh or the like behind it: z ~ N(0, I) has no bounds
+        # no tanh after it: z ~ N(0, I) has no bounds
         self.head = nn.Conv2d(ndf * channel_multipliers(image_size)[-1], latent_dim, 4, 1, 0, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images (N, image_channels, image_size, image_size) in [-1, 1] to z (N, latent_dim)."""
         return self.head(self.body(x)).flatten(1)  # (N, latent_dim, 1, 1) -> (N, latent_dim)
-
-
-class RotNet(nn.Module):
-    """An image in [-1, 1] to four logits: was it turned by 0, 90, 180 or 270 degrees (Gidaris et al. 2018)?
-
-    D's hidden layers, each rung with a second convolution. Raises ValueError unless `image_size` is a power of two
-    from 32 up.
-    """
-
-    def __init__(self, image_size: int = 64, image_channels: int = 3, ndf: int = 64) -> None:
-        super().__init__()
-        self.body = downward_ladder(image_size, image_channels, ndf, deep=True)
-        self.head = nn.Conv2d(ndf * channel_multipliers(image_size)[-1], 4, 4, 1, 0, bias=False)
-
-    def features(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """What each rung puts out, from the widest image to the smallest: (N, ndf, 32, 32), ..., (N, 8 ndf, 4, 4) at
-        image_size 64."""
-        rungs = []
-        for layer in self.body:
-            if isinstance(layer, nn.Conv2d) and layer.stride == (2, 2):  # a rung ends where the next begins
-                rungs.append(x)
-            x = layer(x)
-        return [*rungs[1:], x]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (N, image_channels, image_size, image_size) in [-1, 1] to logits (N, 4)."""
-        return self.head(self.body(x)).flatten(1)  # (N, 4, 1, 1) -> (N, 4)
 
 
 def initialise_weights(module: nn.Module) -> None:

@@ -20,7 +20,7 @@ from torchvision.datasets.folder import make_dataset
 from torchvision.transforms import CenterCrop, Compose, Resize
 from tqdm import tqdm
 
-import util
+from anogan import processes
 from util import InputError
 
 EMBEDDED = ("cifar10", "digits")  # data sets that are no folder
@@ -75,7 +75,7 @@ def open_dataset(dataset: str, part: str) -> ImageSet:
 
 def _open_cifar10(part: str) -> ImageSet:
     try:
-        with util.first_here_first():
+        with processes.first_here_first():
             cifar10 = torchvision.datasets.CIFAR10(root="data", train=part == "train", download=True)
     except (OSError, RuntimeError) as error:
         raise InputError(
@@ -241,6 +241,22 @@ def class_label(classes: list[str], name: str) -> int:
     raise InputError(f"unknown class {name!r}: choose --normal-class from {', '.join(classes)}, or an index from 0")
 
 
+def default_class(dataset: str) -> str:
+    """The class to call normal if none is named: of a folder the only one in train/, else number 1.
+
+    Raises InputError if train/ has several, or none.
+    """
+    if dataset in EMBEDDED:
+        return "1"
+    images = open_dataset(dataset, "train")
+    names = [images.classes[label] for label in np.unique(images.label)]
+    if not names:
+        raise InputError(f"{dataset}/train holds no pictures: put normal ones into a folder there, train/good")
+    if len(names) > 1:
+        raise InputError(f"{dataset}/train has pictures of {', '.join(names)}: name one with --normal-class")
+    return names[0]
+
+
 def check_splits(splits: Sequence[str]) -> None:
     """Raise InputError unless these are splits, one at least."""
     if not splits:
@@ -274,6 +290,24 @@ def open_split(dataset: str, split: str, normal_class: str) -> ImageSet:
     return images.take(normal[:first] if split == "train" else normal[first:])
 
 
+def stratified_subset(label: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Sorted positions of `count` of the labels (N,), every class in its proportion; all of them if N <= count.
+
+    A smaller subset of the same seed lies inside a larger one.
+    """
+    order = np.random.default_rng(seed).permutation(len(label))
+    place = np.empty(len(label))  # where in its class's shuffled line an image stands, in (0, 1)
+    for value in np.unique(label):
+        members = order[label[order] == value]
+        place[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return np.sort(order[np.argsort(place[order], kind="stable")][:count])
+
+
+def evenly_spaced(length: int, count: int) -> np.ndarray:
+    """Positions of at most `count` of `length` rows, evenly spaced, the first and the last among them."""
+    return np.unique(np.linspace(0, length - 1, count).round().astype(np.int64))
+
+
 def load_images(
     image_set: ImageSet, image_size: int, image_channels: int, skip_unreadable: bool = False
 ) -> tuple[torch.Tensor, ImageSet]:
@@ -283,7 +317,7 @@ def load_images(
     """
     batches = chunks(range(len(image_set)), 64)
     # a bar only on a terminal, and if it takes longer than a second
-    bar = {"leave": False, "delay": 1, "disable": True if util.rank() else None}
+    bar = {"leave": False, "delay": 1, "disable": True if processes.rank() else None}
     decoded = image_batches(image_set, batches, image_size, image_channels, skip_unreadable)
     pixels = torch.empty(len(image_set), image_channels, image_size, image_size, dtype=torch.uint8)
     count, readable = 0, [np.empty(0, np.int64)]
@@ -291,7 +325,7 @@ def load_images(
         pixels[count : count + len(batch)] = batch
         count += len(batch)
         readable.append(positions)
-        if util.rank() == 0:  # the others read the same
+        if processes.rank() == 0:  # the others read the same
             name_skipped(faults)
     return pixels[:count], image_set.take(np.concatenate(readable))
 

@@ -20,7 +20,7 @@ def difference(x: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
 
 def window(size: tuple[int, int]) -> tuple[int, int, int, int]:
     """What the network sees of an upright picture of this (width, height): the square (left, top, right, bottom) in
-    its middle, as `datasets` cuts it out."""
+    its middle, as `images` cuts it out."""
     width, height = size
     side = min(size)
     left, top = round((width - side) / 2), round((height - side) / 2)
@@ -55,14 +55,15 @@ def marked(picture: np.ndarray, heat: np.ndarray, level: float) -> np.ndarray:
     return found
 
 
+def to_rgb(x: torch.Tensor) -> np.ndarray:
+    """Images (N, 1 or 3, H, W) in [-1, 1] to uint8 (N, H, W, 3)."""
+    return (127.5 * (x.cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy() + 1)).round().astype(np.uint8)
+
+
 def panels(
     x: torch.Tensor, generated: torch.Tensor, heat: torch.Tensor, level: float, brightest: float
 ) -> list[np.ndarray]:
     """Real, generated, heat map and marked: images (N, C, H, H) in [-1, 1] and heat (N, H, H) to four uint8
     (N, H, H, 3)."""
-    real, drawn = (
-        (127.5 * (images.cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy() + 1)).round().astype(np.uint8)
-        for images in (x, generated)
-    )
-    heat = heat.cpu().numpy()
+    real, drawn, heat = to_rgb(x), to_rgb(generated), heat.cpu().numpy()
     return [real, drawn, coloured(heat, brightest), marked(real, heat, level)]

@@ -1,12 +1,13 @@
-"""From scores to figures and verdicts: ROC-AUC and its interval, p-values, thresholds, flags, pixel-level figures."""
+"""From scores to figures: ROC-AUC and its interval, and how well heat maps find defects (pixel ROC-AUC, AUPRO)."""
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from scipy.ndimage import label
-from scipy.stats import beta, false_discovery_control
 from sklearn.metrics import auc, average_precision_score, roc_auc_score, roc_curve
+
+from anogan import heatmaps, images
+from anogan.scores import ScoredSplit
 
 
 def bootstrap_interval(score: np.ndarray, is_anomaly: np.ndarray, resamples: int, seed: int) -> list[float]:
@@ -40,59 +41,19 @@ def detection_metrics(score: np.ndarray, is_anomaly: np.ndarray, resamples: int,
     }
 
 
-# ---- verdicts -------------------------------------------------------------------------------------------------------
-
-
-def p_values(score: np.ndarray, of_normals: np.ndarray) -> np.ndarray:
-    """How often a normal picture would score as high: scores (N,) to (N,) in (0, 1], given those of normals (V,).
-
-    (1 + number of normals that score at least as high) / (V + 1), the conformal p-value (Bates et al. 2023). For a
-    picture like those V, the probability that it is at most alpha is at most alpha, whatever the score, if the score
-    does not depend on those V. `scores.combined` does a little, by their means and deviations: with 19 normals 0.054
-    instead of 0.05 were flagged in a simulation, with 79 0.050.
-    """
-    below = np.searchsorted(np.sort(of_normals), score, side="left")
-    return (1 + len(of_normals) - below) / (len(of_normals) + 1)
-
-
-def possible_p_values(alpha: float, normals: int) -> int:
-    """How many of the p-values that so many normals allow, 1 / (V + 1) to V / (V + 1), are at most alpha."""
-    return min(math.floor(alpha * (normals + 1) + 1e-9), normals)
-
-
-def threshold(of_normals: np.ndarray, alpha: float) -> float:
-    """The score above which a p-value is at most alpha; infinite if there are too few normals (V,) for any to be."""
-    k = possible_p_values(alpha, len(of_normals))
-    return float(np.sort(of_normals)[-k]) if k > 0 else math.inf
-
-
-def false_alarm_bound(alpha: float, normals: int) -> float:
-    """With 95% confidence, at most this share of normal pictures is flagged at `alpha`, given so many normals.
-
-    On average over sets of normals it is at most alpha; that of one set is a beta variable (Vovk 2012).
-    """
-    k = possible_p_values(alpha, normals)
-    return float(beta.ppf(0.95, k, normals + 1 - k)) if k > 0 else 0.0
-
-
-def flags(p_value: np.ndarray, alpha: float, fdr: float | None = None) -> np.ndarray:
-    """Which of the p-values (N,) are flagged, (N,) bool: those up to alpha, each by itself.
-
-    With `fdr` instead as many as leave the expected share of normals among the flagged at or below it (Benjamini and
-    Hochberg 1995), which looks at all N together.
-    """
-    if fdr is None:
-        return p_value <= alpha + 1e-9
-    return false_discovery_control(p_value, method="bh") <= fdr + 1e-9
-
-
-def flag_metrics(flagged: np.ndarray, is_anomaly: np.ndarray) -> dict[str, float | None]:
-    """What flags (N,) give: false-alarm rate over normals, detection rate over anomalies, precision of the flags."""
-    return {
-        "false_alarm_rate": float(flagged[~is_anomaly].mean()),
-        "detection_rate": float(flagged[is_anomaly].mean()),
-        "precision": float(is_anomaly[flagged].mean()) if flagged.any() else None,  # nothing flagged, nothing to divide
-    }
+def protocol_metrics(splits: list[ScoredSplit], resamples: int, seed: int) -> dict[str, dict]:
+    """`detection_metrics` of every score over these splits together: all anomalies, then each anomalous class."""
+    class_name = np.concatenate([split.class_name for split in splits])
+    is_anomaly = np.concatenate([split.is_anomaly for split in splits])
+    metrics = {}
+    for name in splits[0].scores:
+        score = np.concatenate([split.scores[name] for split in splits])
+        metrics[name] = detection_metrics(score, is_anomaly, resamples, seed) | {"per_class": {}}
+        for anomaly in np.unique(class_name[is_anomaly]):
+            rows = ~is_anomaly | (class_name == anomaly)
+            of_class = detection_metrics(score[rows], is_anomaly[rows], resamples, seed)
+            metrics[name]["per_class"][str(anomaly)] = of_class
+    return metrics
 
 
 # ---- pixels ---------------------------------------------------------------------------------------------------------
@@ -101,7 +62,7 @@ BINS = 4096  # steps of difference between 0 and 1 that the pixel-level figures 
 PRO_LIMIT = 0.3  # false-alarm rate up to which the overlap with regions is integrated, as in MVTec's figures
 
 
-def pixel_metrics(pictures: Iterable[tuple[np.ndarray, np.ndarray]], level: float) -> dict[str, float | int]:
+def pixel_figures(pictures: Iterable[tuple[np.ndarray, np.ndarray]], level: float) -> dict[str, float | int]:
     """How well heat maps find defects: pairs of a heat (H, W) in [0, 1] and a mask (H, W), True where the defect is.
 
     `pixel_roc_auc` ranks all pixels of all pictures together. `aupro` (Bergmann et al. 2021) gives each connected
@@ -141,3 +102,21 @@ def pixel_metrics(pictures: Iterable[tuple[np.ndarray, np.ndarray]], level: floa
         "regions": len(regions),
         "regions_found": found,
     }
+
+
+def pixel_metrics(test: ScoredSplit, level: float) -> dict[str, float | int]:
+    """`pixel_figures` of the test images' heat maps, at the pictures' own size, by the data set's masks.
+
+    Raises InputError if an anomalous image has no mask.
+    """
+
+    def heat_and_mask() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for rows, x, generated in test.drawn():
+            for row, heat in zip(rows, heatmaps.difference(x, generated), strict=True):
+                size = test.images.picture(row).size
+                mask = np.zeros(size[::-1], bool)
+                if test.is_anomaly[row]:
+                    mask = images.open_mask(test.gan.dataset, test.images.source[row], size)
+                yield heatmaps.at_own_size(heat, size), mask
+
+    return pixel_figures(heat_and_mask(), level)

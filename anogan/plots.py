@@ -3,60 +3,24 @@
 import io
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure  # without pyplot, which would choose a backend for whoever imports this
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from sklearn.metrics import roc_curve
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-import runs
-
-matplotlib.use("Agg")  # files, not windows: a server has no screen
-import matplotlib.pyplot as plt
-
-LABELS = {
-    "anomaly_score": "A(x), AnoGAN's anomaly score",
-    "residual": "R, residual",
-    "discrimination": "D, discrimination",
-    "peak": "peak, largest local difference",
-    "p_d": "P_D, discriminator alone",
-    "f_anogan": "f-AnoGAN, encoder",
-    "acae": "aCAE, reconstruction",
-    "rotation": "rotation, RotNet's loss",
-    "neighbours": "neighbours in RotNet's features",
-    "mahalanobis": "Mahalanobis in RotNet's features",
-    "gan_r": "A(x) of GAN_R, reference loss",
-    "oc_svm": "one-class SVM on pixels",
-    "kde": "kernel density of pixels",
-    "isolation_forest": "isolation forest on pixels",
-    "combined": "combined",
-}
-
-
-# A score has the colour of the one it is a part or a variant of: (that one, style of its line, opacity of its bar)
-PARTS = {
-    "residual": ("anomaly_score", "--", 0.6),
-    "discrimination": ("anomaly_score", ":", 0.4),
-    "peak": ("anomaly_score", "-.", 0.25),
-    "rotation": ("combined", "--", 0.6),
-    "neighbours": ("combined", ":", 0.4),
-    "mahalanobis": ("combined", "-.", 0.2),
-}
-COLOURS = dict(zip([name for name in LABELS if name not in PARTS], plt.get_cmap("tab10").colors, strict=False))
-STYLES = {name: (COLOURS[name], "-", 1.0) for name in COLOURS}
-STYLES |= {name: (COLOURS[parent], line, opacity) for name, (parent, line, opacity) in PARTS.items()}
+from anogan import files
+from anogan.scores import ScoredSplit
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure whole or not at all, and forget it."""
-    with runs.replacing(path) as partial:
+    """Write a figure, whole or not at all."""
+    with files.replacing(path) as partial:
         figure.savefig(partial, dpi=120)
-    plt.close(figure)
 
 
 def losses(path: Path, values: np.ndarray, panels: dict[str, dict[str, str]], steps_per_epoch: int) -> None:
@@ -65,7 +29,8 @@ def losses(path: Path, values: np.ndarray, panels: dict[str, dict[str, str]], st
     means = values[: len(values) // window * window].reshape(-1, window, values.shape[1]).mean(1)
     epochs = (np.arange(len(means)) + 0.5) * window / steps_per_epoch
     columns = iter(means.T)
-    figure, grid = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False)
     for axes, (title, labels) in zip(grid.flat, panels.items(), strict=True):
         for label in labels.values():
             axes.plot(epochs, next(columns), label=label)
@@ -84,7 +49,8 @@ def grid(images: torch.Tensor) -> Image.Image:
 def samples(path: Path, real: Image.Image, generated: Image.Image, title: str) -> None:
     """A grid of real images beside one of generated ones."""
     height = 0.6 + 5.4 * real.height / real.width
-    figure, panels = plt.subplots(1, 2, figsize=(11, height), layout="constrained")
+    figure = Figure(figsize=(11, height), layout="constrained")
+    panels = figure.subplots(1, 2)
     for axes, picture, name in zip(panels, (real, generated), ("real", "generated"), strict=True):
         axes.imshow(picture)
         axes.set_title(name)
@@ -104,19 +70,20 @@ def film(path: Path, frames: list[bytes]) -> None:
     """PNG pictures one after the other, in about six seconds, as a GIF."""
     pictures = [Image.open(io.BytesIO(frame)) for frame in frames]
     duration = max(50, 6000 // len(pictures))  # milliseconds a frame
-    with runs.replacing(path) as partial:
+    with files.replacing(path) as partial:
         pictures[0].save(partial, save_all=True, append_images=pictures[1:], duration=duration, loop=0)
 
 
-def roc_curves(path: Path, scores: dict[str, np.ndarray], is_anomaly: np.ndarray, metrics: dict, title: str) -> None:
+def roc_curves(path: Path, split: ScoredSplit, metrics: dict, title: str) -> None:
     """One ROC curve a score, with its area and interval from `metrics`."""
-    figure, axes = plt.subplots(figsize=(8, 7 + 0.1 * len(scores)), layout="constrained")
-    for name, score in scores.items():
-        fpr, tpr, _ = roc_curve(is_anomaly, score)
+    figure = Figure(figsize=(8, 7 + 0.1 * len(split.scores)), layout="constrained")
+    axes = figure.subplots()
+    for name, score in split.scores.items():
+        fpr, tpr, _ = roc_curve(split.is_anomaly, score)
         low, high = metrics[name]["roc_auc_95_interval"]
-        label = f"{LABELS[name]}: {metrics[name]['roc_auc']:.3f} [{low:.3f}, {high:.3f}]"
-        colour, line, _ = STYLES[name]
-        axes.plot(fpr, tpr, color=colour, linestyle=line, label=label)
+        declared = split.declared[name]
+        label = f"{declared.label}: {metrics[name]['roc_auc']:.3f} [{low:.3f}, {high:.3f}]"
+        axes.plot(fpr, tpr, color=declared.colour, linestyle=declared.line, label=label)
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, label="chance: 0.5")
     axes.set(xlabel="false positive rate (normals flagged)", ylabel="true positive rate (anomalies flagged)")
     axes.set(title=title, xlim=(0, 1), ylim=(0, 1), aspect="equal")
@@ -130,26 +97,29 @@ def score_histograms(
     path: Path,
     scores: dict[str, np.ndarray],
     is_second: np.ndarray,
-    verdict: str,
-    threshold: float,
+    threshold: tuple[str, float],
     title: str,
     kinds: tuple[str, str] = ("normal", "anomalous"),
 ) -> None:
-    """Two kinds of images against each other, a panel a score, each kind with area 1; the threshold on the score
-    `verdict`. `is_second` (N,) says of which kind an image is."""
-    rows = -(-len(scores) // 5)
-    columns = -(-len(scores) // rows)
-    figure, panels = plt.subplots(rows, columns, figsize=(4 * columns, 3.6 * rows), layout="constrained", squeeze=False)
+    """Two kinds of images against each other, a panel a score, each kind with area 1.
+
+    `scores` are by label, `is_second` (N,) says of which kind an image is, and `threshold` is drawn in the panel of its
+    label, unless it is infinite.
+    """
+    lines = -(-len(scores) // 5)
+    columns = -(-len(scores) // lines)
+    figure = Figure(figsize=(4 * columns, 3.6 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False)
     for axes in panels.flat[len(scores) :]:
         axes.axis("off")
-    for axes, (name, score) in zip(panels.flat, scores.items(), strict=False):
-        bins = np.linspace(*np.quantile(score, [0.0, 0.998]), 50)  # a handful of extreme scores would squeeze the rest
+    for axes, (label, score) in zip(panels.flat, scores.items(), strict=False):
+        bins = np.linspace(*np.quantile(score, [0.0, 0.998]), 50)  # a few extreme scores would squeeze the rest
         score = score.clip(bins[0], bins[-1])  # the last bin holds the rest
         for kind, rows, colour in zip(kinds, (~is_second, is_second), ("tab:green", "tab:red"), strict=True):
             axes.hist(score[rows], bins, density=True, alpha=0.5, color=colour, label=f"{kind} ({rows.sum()})")
-        if name == verdict and np.isfinite(threshold):
-            axes.axvline(threshold, ymax=0.7, color="black", linestyle="--", label="threshold, from validation")
-        axes.set(xlabel=LABELS[name], yticks=[], ylim=(0, 1.4 * axes.get_ylim()[1]))  # the legend stands above the bars
+        if label == threshold[0] and np.isfinite(threshold[1]):
+            axes.axvline(threshold[1], ymax=0.7, color="black", linestyle="--", label="threshold, from validation")
+        axes.set(xlabel=label, yticks=[], ylim=(0, 1.4 * axes.get_ylim()[1]))  # the legend stands above the bars
         axes.xaxis.set_major_locator(MaxNLocator(5))  # or long labels, such as those of a narrow P_D, touch
         axes.legend(fontsize="small", loc="upper right")
     for axes in panels[:, 0]:
@@ -158,11 +128,11 @@ def score_histograms(
     save(figure, path)
 
 
-def per_class_auc(path: Path, metrics: dict, title: str) -> None:
+def per_class_auc(path: Path, split: ScoredSplit, metrics: dict, title: str) -> None:
     """ROC-AUC of each anomalous class against the normals, a bar a score, with 95% intervals."""
     names = list(next(iter(metrics.values()))["per_class"])
-    size = (max(10.0, 0.14 * len(metrics) * len(names) + 2), 4.2)
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    figure = Figure(figsize=(max(10.0, 0.14 * len(metrics) * len(names) + 2), 4.2), layout="constrained")
+    axes = figure.subplots()
     width = 0.8 / len(metrics)
     for i, (score, overall) in enumerate(metrics.items()):
         auc = np.array([overall["per_class"][name]["roc_auc"] for name in names])
@@ -170,14 +140,14 @@ def per_class_auc(path: Path, metrics: dict, title: str) -> None:
         places = np.arange(len(names)) + (i - (len(metrics) - 1) / 2) * width
         # percentile intervals of a skewed bootstrap may leave out the estimate itself
         errors = np.abs(interval - auc).clip(min=0)
-        colour, _, opacity = STYLES[score]
+        declared = split.declared[score]
         axes.bar(
             places,
             auc,
             width,
             yerr=errors,
-            color=(*colour, opacity),
-            label=LABELS[score],
+            color=(declared.colour, declared.opacity),
+            label=declared.label,
             error_kw={"linewidth": 0.8},
         )
     axes.axhline(0.5, color="black", linestyle=":", linewidth=1)
@@ -193,14 +163,8 @@ def difference_maps(path: Path, panels: list[np.ndarray], captions: list[list[st
     The words of an image's caption stand above its panels, one each.
     """
     lines = -(-len(captions) // 2)  # two images to a line, or the picture grows too tall to look at
-    figure, grid = plt.subplots(
-        lines,
-        9,
-        figsize=(11, 1.45 * lines + 1.2),
-        layout="constrained",
-        squeeze=False,
-        width_ratios=[1, 1, 1, 1, 0.2, 1, 1, 1, 1],
-    )
+    figure = Figure(figsize=(11, 1.45 * lines + 1.2), layout="constrained")
+    grid = figure.subplots(lines, 9, squeeze=False, width_ratios=[1, 1, 1, 1, 0.2, 1, 1, 1, 1])
     for axes in grid.flat:
         axes.axis("off")
     headers = ("real", "generated", "difference", "marked")
@@ -218,7 +182,7 @@ def ranking(path: Path, groups: dict[str, tuple[torch.Tensor, list[str], np.ndar
 
     A group is (images (N, C, H, W) in [0, 1], captions, is_anomaly (N,)).
     """
-    figure = plt.figure(figsize=(11, 8), layout="constrained")
+    figure = Figure(figsize=(11, 8), layout="constrained")
     for block, (name, (images, captions, is_anomaly)) in zip(figure.subfigures(2, 1), groups.items(), strict=True):
         panels = block.subplots(2, 8)
         for axes in panels.flat:

@@ -1,0 +1,1 @@
+"""What the three scripts and the detectors stand on. Nothing in here is run by itself."""

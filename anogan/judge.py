@@ -1,0 +1,107 @@
+"""The verdict on pictures without labels: a table, a report, and each picture with what differs marked in red."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from anogan import files, heatmaps, plots, processes, report, verdicts
+from anogan.scores import ScoredSplit
+from anogan.verdicts import Verdict
+
+
+def write(run_dir: Path, scored: dict[str, ScoredSplit], verdict: Verdict) -> Path:
+    """All that is found of the split `images`, to a folder images-<name> in the run folder, which it returns.
+
+    Another set of pictures of the same name replaces what was there, once all is written.
+    """
+    validation, pictures = scored["validation"], scored["images"]
+    folder = run_dir / f"images-{pictures.images.name}"
+    partial = folder.with_name(f"{files.PARTIAL}{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    files.make_folder(partial)
+    write_table(partial / "scores.csv", pictures, verdict)
+    both = np.concatenate([each.scores[verdict.score] for each in (validation, pictures)])
+    label = pictures.declared[verdict.score].label
+    plots.score_histograms(
+        partial / "scores.png",
+        {label: both},
+        np.arange(len(both)) >= len(validation.images),
+        (label, verdict.threshold),
+        "",
+        kinds=("validation normals", "your pictures"),
+    )
+    flagged, means = verdict.flagged["images"], verdicts.meaning(verdict)
+    page = report.Page(
+        f"{run_dir.name}: {len(flagged)} pictures of {pictures.images.name}",
+        [f"{flagged.sum()} of {len(flagged)} pictures are flagged.", f"{means[0].upper()}{means[1:]}."],
+        [partial / "scores.png"],
+        "images",
+        pictures,
+        verdict,
+    )
+    report.write(partial / "report.html", page, report.strips(pictures, verdict))
+    if pictures.z is not None:
+        mark_pictures(partial, pictures, verdict)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return folder
+
+
+def write_table(path: Path, pictures: ScoredSplit, verdict: Verdict) -> None:
+    """scores.csv, a row a picture, the most anomalous first."""
+    p_value, flagged = verdict.p_value["images"], verdict.flagged["images"]
+    report.write_rows(
+        path,
+        ["path", *pictures.scores, "p_value", "flagged"],
+        (
+            [
+                pictures.images.source[i],
+                *(f"{values[i]:.9g}" for values in (*pictures.scores.values(), p_value)),
+                int(flagged[i]),
+            ]
+            for i in pictures.ranked(verdict.score)
+        ),
+    )
+
+
+def mark_pictures(folder: Path, pictures: ScoredSplit, verdict: Verdict) -> None:
+    """Heat maps to heat/ and marked pictures to marked/ in a folder, at each picture's own size, as PNG files.
+
+    They lie in folders like those that the pictures came from.
+    """
+    source = [Path(os.path.abspath(each)) for each in pictures.images.source]
+    top = os.path.commonpath([each.parent for each in source])
+    with processes.progress_bar(len(source), " pictures", desc="marking", leave=False) as bar:
+        for rows, x, generated in pictures.drawn():
+            for row, heat in zip(rows, heatmaps.difference(x, generated), strict=True):
+                picture = pictures.images.picture(row)
+                whole = heatmaps.at_own_size(heat, picture.size)
+                for kind, pixels in (
+                    ("heat", heatmaps.coloured(whole, verdict.brightest)),
+                    ("marked", heatmaps.marked(np.asarray(picture), whole, verdict.level)),
+                ):
+                    path = folder / kind / source[row].relative_to(top)
+                    files.make_folder(path.parent)
+                    with files.writing(path):
+                        Image.fromarray(pixels).save(path.with_name(f"{path.name}.png"), "PNG")
+                bar.update()
+
+
+def print_verdicts(pictures: ScoredSplit, verdict: Verdict, unsearched: int) -> None:
+    """The twenty most anomalous pictures and what the flags mean; `unsearched` more pictures have no latents."""
+    p_value, flagged, score = verdict.p_value["images"], verdict.flagged["images"], pictures.scores[verdict.score]
+    ranked = pictures.ranked(verdict.score)
+    print(f"\n{'p_value':>8}  {verdict.score:>13}  flagged  picture")
+    for i in ranked[:20]:
+        name = "".join(letter if letter.isprintable() else "?" for letter in pictures.images.source[i])
+        print(f"{p_value[i]:8.3g}  {score[i]:13.5g}  {'yes' if flagged[i] else '':7}  {name}")
+    if len(ranked) > 20:
+        print(f"... and {len(ranked) - 20} less anomalous ones, in scores.csv")
+    if unsearched:
+        print(
+            f"\n{unsearched} more pictures there were not searched, new since then or unreadable: fit_latent.py does it"
+        )
+    print(f"\n{flagged.sum()} of {len(score)} pictures are flagged; {verdicts.meaning(verdict)}")

@@ -1,0 +1,425 @@
+"""The loop of every training: `with Loop(...) as loop: for real in loop:`, with the algorithm as its body.
+
+The loop gives the next batch. Around the body it does what makes a training of days safe: it goes on from the last
+checkpoint, keeps the order of the images and seeds each step, writes checkpoints, samples and losses, stops at a
+signal, and keeps several processes in step. The body says what it measured with `loop.log`.
+"""
+
+import contextlib
+import csv
+import io
+import math
+import re
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from itertools import chain, count
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Adam
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
+
+import util
+from anogan import files, images, plots, processes, runs
+
+ORDER, NOISE, FIXED_Z = range(3)  # kinds of random draws, each with seeds of its own
+
+
+class TrainingConfig(Protocol):
+    """The hyperparameters that every training has, whatever else its script has."""
+
+    epochs: int
+    batch_size: int  # in each process
+    lr: float
+    weight_decay: float
+    checkpoint_every: str
+    fresh: bool
+    tensorboard: bool
+    seed: int
+    device: str
+    precision: util.Precision
+    run_dir: Path | None
+    skip_unreadable: bool
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training starts from."""
+
+    command: str  # as a person types it
+    path: Path  # of the checkpoint
+    config: TrainingConfig
+    images: torch.Tensor  # uint8 (N, C, H, W) on the device
+    settings: dict[str, Any]  # all that decides the weights, see `weight_settings`: a checkpoint of others is refused
+
+
+class Loop:
+    """The batches of a training, from the last checkpoint or the first step to the last step."""
+
+    def __init__(
+        self,
+        training: Training,
+        parts: dict[str, Any],
+        curves: dict[str, dict[str, str]],
+        draw: Callable[[], Image.Image] | None = None,
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        """`parts` are networks and their optimizers, in the checkpoint by these names, with `about`.
+
+        The step size of each optimizer follows a cosine with warm restarts, whose ends are epochs 15, 45 and 105.
+        `curves` names what the body logs: for each panel of the losses' picture, its columns in losses.csv with their
+        labels. `draw`, of a network that makes images, draws a grid of 64. It is shown next to the first 64 real ones,
+        and in a film of the epochs. Raises InputError if the checkpoint cannot be gone on with.
+        """
+        config, settings = training.config, training.settings
+        self._training, self._curves, self._draw, self._about = training, curves, draw, about or {}
+        self._parts = parts | {
+            name.replace("optimizer", "scheduler"): CosineAnnealingWarmRestarts(part, T_0=15, T_mult=2)
+            for name, part in parts.items()
+            if isinstance(part, Adam)
+        }
+        self._labels = dict(chain(*(panel.items() for panel in curves.values())))
+        self._batch_size = min(config.batch_size, len(training.images) // settings["processes"])
+        self._steps_per_epoch = len(training.images) // (self._batch_size * settings["processes"])
+        self._steps = config.epochs * self._steps_per_epoch
+        # the context in which the body runs the networks, in bf16 or fp32
+        self.autocast = torch.autocast(
+            training.images.device.type, torch.bfloat16, enabled=settings["precision"] == "bf16"
+        )
+        self._step, self._started, self._seconds_before = 0, time.monotonic(), 0.0
+        self._history: list[torch.Tensor] = []  # blocks (steps, M) of what every step measured
+        self._recent: list[torch.Tensor] = []  # rows of the history, still on the device: reading them waits for a GPU
+        self._frames: list[bytes] = []  # PNG files: the samples as training goes on
+        print(
+            f"run: {training.path.parent}   normal class: {settings['normal_class']} ({len(training.images)} images)   "
+            f"device: {training.images.device}, {settings['precision']}   processes: {settings['processes']}"
+        )
+        processes.check_agreement(training_so_far=(settings, self._go_on()))
+        self._saved, self._saved_at = self._step, time.monotonic()
+        self._writer = None
+
+    def _go_on(self) -> str | None:
+        """Read the last checkpoint, if there is one; its fingerprint."""
+        path, config = self._training.path, self._training.config
+        if not path.exists():
+            return None
+        if config.fresh:
+            print(f"starting over: the first checkpoint replaces {path}; what was made with the old one will not fit")
+            return None
+        with runs.reading_checkpoint(path, self._training.command) as (state, fingerprint):
+            self._step, self._seconds_before = state["step"], state["seconds"]
+            self._history, self._frames = [state["history"]], state["frames"]
+            _check_same_settings(path, state["config"], self._training.settings)
+            for name, part in self._parts.items():
+                part.load_state_dict(state[name])
+        print(f"{path} holds {self._step} steps ({self._epoch:.4g} epochs): ", end="")
+        finished = self._step >= self._steps
+        print("nothing left to train; --fresh starts over" if finished else f"going on to {self._steps}")
+        return fingerprint
+
+    def share(self, network: nn.Module) -> nn.Module:
+        """The network with the mean of all processes' gradients after each backward pass, or itself if it is alone."""
+        if processes.count() == 1:
+            return network
+        device = self._training.images.device
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch have another name for the flag
+            return DistributedDataParallel(
+                network,
+                device_ids=[device] if device.type == "cuda" else None,
+                # BatchNorm's stored statistics serve the search, for which those of rank 0 are enough
+                broadcast_buffers=False,
+            )
+
+    def __enter__(self) -> "Loop":
+        with contextlib.ExitStack() as stack:
+            self._bar = stack.enter_context(processes.progress_bar(self._steps, " steps", initial=self._step))
+            self._signals = stack.enter_context(processes.noted_signals())
+            if self._training.config.tensorboard and processes.rank() == 0:
+                from torch.utils.tensorboard import SummaryWriter  # a slow import that only this flag needs
+
+                path = self._training.path
+                writer = SummaryWriter(path.parent / "tensorboard" / path.stem, purge_step=self._step)
+                self._writer = stack.enter_context(writer)
+            self._exit = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._exit.close()
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """The batches (B, C, H, W) in [-1, 1]; after the last one the losses and samples are drawn.
+
+        Raises InputError if the training diverges, and SystemExit at Ctrl-C or SIGTERM, once all is saved.
+        """
+        training, rank = self._training, processes.rank()
+        seed, count = training.config.seed, training.settings["processes"]
+        batches = real_batches(training.images, self._batch_size, seed, self._step, rank, count)
+        while self._step < self._steps:
+            # what a step draws depends on seed, step and rank alone, so a checkpoint need not hold a generator's state
+            torch.manual_seed(util.seed_of(seed, NOISE, self._step, rank))
+            yield next(batches)
+            self._end_step()
+        if rank == 0:
+            self._write_pictures()  # with nothing left to train too: the last start may have been killed before this
+        written = " ".join(path.name for path in self._pictures().values())
+        print(f"wrote {training.path.parent}/: {training.path.name} {written} run.json")
+
+    def log(self, **values: torch.Tensor) -> None:
+        """Keep what a step measured, a number for each column of `curves`. Nothing here waits for a GPU."""
+        self._recent.append(torch.stack([values[name].detach() for name in self._labels]))
+
+    @property
+    def _epoch(self) -> float:
+        return self._step / self._steps_per_epoch
+
+    def _end_step(self) -> None:
+        """What follows the body: step sizes, the bar, samples at an epoch's end, a checkpoint if one is due."""
+        for part in self._parts.values():
+            if isinstance(part, CosineAnnealingWarmRestarts):
+                part.step(self._epoch)
+        self._step += 1
+        is_over, is_last = self._step % self._steps_per_epoch == 0, self._step == self._steps
+        seconds, steps = checkpoint_interval(self._training.config.checkpoint_every)
+        is_due = self._step - self._saved >= steps or time.monotonic() - self._saved_at >= seconds
+        must_stop, must_save = processes.any_process(bool(self._signals), processes.rank() == 0 and is_due)
+        must_save |= must_stop or is_last
+        if self._bar.update() or is_over or must_save:  # the bar redraws ten times a second at most
+            self._read_recent()
+        epoch, between = self._step // self._steps_per_epoch, self._training.config.epochs // 50 + 1
+        # 50 frames at most, or the GIF grows too large
+        if self._draw and is_over and ((epoch - 1) % between == 0 or is_last):
+            self._frames.append(plots.to_png(self._draw()))
+        if must_save:
+            if processes.rank() == 0:
+                self._save()
+                if not is_last:
+                    self._write_pictures()
+            self._saved, self._saved_at = self._step, time.monotonic()
+        if must_stop:
+            self._stop()
+
+    def _read_recent(self) -> None:
+        """Move the newest rows to the history, the bar and TensorBoard. Raises InputError if one is not finite."""
+        rows = torch.stack(self._recent).cpu()
+        self._recent.clear()
+        first = self._step - len(rows)
+        if not rows.isfinite().all():
+            raise self._diverged("a loss", first + (~rows.isfinite()).any(1).nonzero()[0].item() + 1)
+        self._history.append(rows)
+        if self._writer:
+            for at, row in enumerate(rows.tolist(), first):
+                for name, value in zip(self._labels, row, strict=True):
+                    self._writer.add_scalar(name, value, at)
+        newest = zip(self._labels.values(), rows[-1].tolist(), strict=True)
+        self._bar.set_description(f"epoch {self._epoch:.1f}", refresh=False)
+        self._bar.set_postfix_str(", ".join(f"{label} {value:.3f}" for label, value in newest), refresh=False)
+
+    def _save(self) -> None:
+        """Write the checkpoint; run.json comes first, so that it is there whenever the checkpoint is."""
+        training, settings = self._training, self._training.settings
+        networks = [part for part in self._parts.values() if isinstance(part, nn.Module)]
+        if not all(tensor.isfinite().all() for network in networks for tensor in network.state_dict().values()):
+            raise self._diverged("a weight", self._step)
+        seconds = self._seconds_before + time.monotonic() - self._started
+        facts = {name: settings[name] for name in ("precision", "processes", "training_images")}
+        runs.record_run(
+            training.path.parent,
+            script_name(training.command),
+            training.config,
+            training.images.device,
+            seconds,
+            steps=self._step,
+            **facts,
+        )
+        state = {
+            "config": settings,
+            "epoch": self._epoch,
+            "step": self._step,
+            "seconds": seconds,
+            "history": torch.cat(self._history),
+            "frames": self._frames,
+            **self._about,
+            **{name: part.state_dict() for name, part in self._parts.items()},
+        }
+        content = io.BytesIO()  # torch.save to a path reports a full disk as something else than an OSError
+        torch.save(state, content)
+        with files.replacing(training.path) as partial:
+            partial.write_bytes(content.getbuffer())
+
+    def _pictures(self) -> dict[str, Path]:
+        """The other files: those of gan.pt have plain names, those of encoder.pt begin with encoder-."""
+        path = self._training.path
+        names = ("losses.csv", "losses.png", *(("samples.png", "samples.gif") if self._draw else ()))
+        return {name: path.with_name(name if path.stem == "gan" else f"{path.stem}-{name}") for name in names}
+
+    def _write_pictures(self) -> None:
+        """Write the losses and the samples."""
+        values, paths = torch.cat(self._history).numpy(), self._pictures()
+        _write_losses(paths["losses.csv"], values, list(self._labels), self._steps_per_epoch)
+        plots.losses(paths["losses.png"], values, self._curves, self._steps_per_epoch)
+        if self._draw is None:
+            return
+        real, title = plots.grid(self._training.images[:64] / 255), self._training.path.parent.name
+        plots.samples(paths["samples.png"], real, self._draw(), f"{title}, epoch {self._epoch:.4g}")
+        if self._frames:  # the first one comes with the first whole epoch
+            plots.film(paths["samples.gif"], self._frames)
+
+    def _stop(self) -> None:
+        processes.wait_for_all()  # torchrun ends the others when one is gone, and rank 0 may be writing still
+        again = "the same command" + (" without --fresh" if self._training.config.fresh else "")
+        held = f"after step {self._step} of {self._steps}, which {self._training.path} holds"
+        print(f"stopped {held}: {again} goes on from there")
+        sys.exit(128 + (self._signals or [signal.SIGTERM])[0])
+
+    def _diverged(self, what: str, at_step: int) -> util.InputError:
+        kept = f"{self._training.path} keeps step {self._saved}" if self._saved else "nothing was written"
+        return util.InputError(
+            f"the training diverged at step {at_step} ({what} is not finite): lower --lr and use --fresh; {kept}"
+        )
+
+
+# ---- before the loop ------------------------------------------------------------------------------------------------
+
+
+def check_config(config: TrainingConfig) -> None:
+    """Raise InputError, naming the flag, if a value that every training has cannot be used."""
+    util.check_at_least(config, 1, "epochs", "batch_size")
+    util.check_at_least(config, 0, "lr", "weight_decay")
+    util.check_seed(config.seed)
+    checkpoint_interval(config.checkpoint_every)
+    if config.tensorboard and find_spec("tensorboard") is None:
+        raise util.InputError("--tensorboard needs a package that is not installed: pip install tensorboard")
+
+
+def checkpoint_interval(text: str) -> tuple[float, float]:
+    """Seconds and steps between two checkpoints, one of them infinite: "10m" is 600 seconds, "500" is 500 steps.
+
+    Raises InputError if the text is neither.
+    """
+    if re.fullmatch(r"[1-9]\d*", text):
+        return math.inf, int(text)
+    if re.fullmatch(r"\d+(\.\d+)?m", text) and float(text[:-1]) > 0:
+        return 60 * float(text[:-1]), math.inf
+    raise util.InputError(f"--checkpoint-every must be minutes such as 10m, or steps such as 500, not {text!r}")
+
+
+def script_name(command: str) -> str:
+    """What run.json calls a script: train_gan for "train_gan.py", rotnet for "python -m detectors.rotnet"."""
+    return command.removesuffix(".py").split(".")[-1]
+
+
+def weight_settings(config: TrainingConfig, normal_class: str, precision: str, training_images: str) -> dict[str, Any]:
+    """All that decides what the weights become, hardware aside; the images by their `runs.checksum`."""
+    elsewhere = ("device", "compile", "checkpoint_every", "fresh", "run_dir", "skip_unreadable", "tensorboard")
+    return {name: value for name, value in asdict(config).items() if name not in elsewhere} | {
+        "normal_class": normal_class,
+        "precision": precision,
+        "processes": processes.count(),
+        "training_images": training_images,
+    }
+
+
+def _check_same_settings(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise InputError, naming the fields, if a checkpoint has other settings.
+
+    More epochs are fine, and so is another path to a data set that holds the same training images. A setting of an
+    older version that exists no more does not count.
+    """
+    differing = [
+        f"{name} {before.get(name)}, not {now.get(name)}"
+        for name in runs.differing_settings(before, now)
+        if name in now and name not in ("epochs", "dataset")
+    ]
+    if differing:
+        raise util.InputError(
+            f"{path} was trained with {'; '.join(differing)}: go on with its settings, start over with --fresh, "
+            "or name another run with --run-dir"
+        )
+
+
+@contextlib.contextmanager
+def detector_training(
+    config: TrainingConfig, command: str, file: str, load: Callable[[runs.TrainedGAN], object]
+) -> Iterator[tuple[runs.TrainedGAN, Training]]:
+    """Hold the run folder, and read its GAN and the GAN's images, for the training of a detector into `file`.
+
+    Seeds the first weights, which the block makes. Epochs and batch size that the config leaves open are the GAN's.
+    `load` reads a checkpoint that is there already, and refuses one that does not belong to this GAN. Raises InputError
+    for a value of the config that cannot be used, or as `runs.find_run`, `load` and `runs.images_of_gan` do.
+    """
+    check_config(config)
+    device = util.pick_device(config.device)
+    run_dir = runs.find_run(config.run_dir)
+    with processes.join(device), runs.run_folder(run_dir):
+        gan = runs.load_gan(run_dir, device)
+        config = replace(
+            config,
+            epochs=math.ceil(gan.epoch) if config.epochs is None else config.epochs,
+            batch_size=gan.batch_size if config.batch_size is None else config.batch_size,
+        )
+        if (run_dir / file).exists() and not config.fresh:
+            load(gan)
+        pixels = runs.images_of_gan(gan, config.skip_unreadable, processes.count())
+        precision = util.pick_precision(config.precision, device)
+        settings = weight_settings(config, gan.normal_class, precision, gan.training_images)
+        torch.manual_seed(config.seed)
+        yield gan, Training(command, run_dir / file, config, pixels.to(device), settings)
+
+
+def prepare(network: nn.Module, config: TrainingConfig, device: torch.device) -> Adam:
+    """Move a network to the device, and give it its optimizer."""
+    network.to(device, memory_format=torch.channels_last)  # 1.3x to 1.9x faster than NCHW on a CPU
+    return Adam(network.parameters(), lr=config.lr, betas=(0.5, 0.999), weight_decay=config.weight_decay, fused=True)
+
+
+def real_batches(
+    pixels: torch.Tensor, batch_size: int, seed: int, first_step: int = 0, rank: int = 0, processes: int = 1
+) -> Iterator[torch.Tensor]:
+    """The batches (batch_size, C, H, W) in [-1, 1] that training sees from `first_step` on, without end.
+
+    uint8 images (N, C, H, W) are shuffled anew for each epoch, by seed and epoch alone, and shared out among the
+    processes. What is left at the end of an epoch is left out: BatchNorm would see too few.
+    """
+    together = batch_size * processes
+    order_of = None
+    for step in count(first_step):
+        epoch, i = divmod(step, len(pixels) // together)
+        if epoch != order_of:
+            random = torch.Generator().manual_seed(util.seed_of(seed, ORDER, epoch))
+            order, order_of = torch.randperm(len(pixels), generator=random).to(pixels.device), epoch
+        first = i * together + rank * batch_size
+        real = pixels[order[first : first + batch_size]]
+        yield images.to_model(real).contiguous(memory_format=torch.channels_last)
+
+
+# ---- after it -------------------------------------------------------------------------------------------------------
+
+
+def _write_losses(path: Path, values: np.ndarray, columns: list[str], steps_per_epoch: int) -> None:
+    """losses.csv, a row a step; values (steps, M) has a column for each name."""
+    with files.replacing(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", "epoch", *columns])
+        for step, row in enumerate(values):
+            writer.writerow([step, step // steps_per_epoch, *(f"{value:.6g}" for value in row)])
+
+
+@torch.no_grad()
+def draw(network: nn.Module, generate: Callable[[], torch.Tensor]) -> Image.Image:
+    """A grid of what is generated, images in [-1, 1], with the network in training as scores use it: in eval mode."""
+    network.eval()
+    generated = generate()
+    network.train()
+    return plots.grid(images.to_display(generated))

@@ -1,0 +1,121 @@
+"""Several processes that work together under torchrun: ranks, agreement, noted signals, progress bars."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed
+from tqdm import tqdm
+
+from util import InputError
+
+
+@contextlib.contextmanager
+def join(device: torch.device, patience: timedelta = timedelta(minutes=30)) -> Iterator[None]:
+    """Join what torchrun started to one group, in which rank 0 alone prints to stdout. Without torchrun do nothing.
+
+    `patience` is how long a process waits for another. Raises InputError when another has ended.
+    """
+    if not distributed.is_torchelastic_launched():
+        yield
+        return
+    backend = "gloo"
+    if device.type == "cuda":
+        backend = "cpu:gloo,cuda:nccl"  # gloo for what lies on the CPU, nccl for gradients
+        torch.cuda.set_device(device)
+    distributed.init_process_group(backend, timeout=patience)
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
+            yield
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("gloo", "Gloo", "NCCL")):
+            raise
+        raise InputError("another process of this group has ended or cannot be reached: see what it says") from error
+    finally:
+        distributed.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number, from 0; 0 if there is one process only."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def count() -> int:
+    """How many processes work together."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def any_process(*flags: bool) -> list[bool]:
+    """For each flag, whether it is set in this process or in any other. Every process must ask."""
+    if not distributed.is_initialized():
+        return list(flags)
+    numbers = torch.tensor(flags, dtype=torch.int32)
+    distributed.all_reduce(numbers, distributed.ReduceOp.MAX)
+    return numbers.bool().tolist()
+
+
+def from_all(value: Any) -> list[Any]:
+    """Every process's value, by rank. Every process must ask."""
+    if not distributed.is_initialized():
+        return [value]
+    values = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def check_agreement(**facts: Any) -> None:
+    """Raise InputError, naming the fact, unless it is the same in every process. Every process must ask."""
+    for name in facts:
+        if len({repr(each[name]) for each in from_all(facts)}) > 1:
+            raise InputError(
+                f"the processes do not have the same {name.replace('_', ' ')}: every machine needs the same run "
+                "folder and data, and a --precision that its hardware allows"
+            )
+
+
+def wait_for_all() -> None:
+    """Go on when every process has reached this line."""
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+@contextlib.contextmanager
+def first_here_first() -> Iterator[None]:
+    """Let the first process of each machine do this, such as a download, before the others. Every process must."""
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not is_first:
+        wait_for_all()
+    yield
+    if is_first:
+        wait_for_all()
+
+
+@contextlib.contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM only add their number to this list, so that a loop can stop between two steps.
+
+    A second one stops at once. Under torchrun it does not, since there one Ctrl-C arrives twice.
+    """
+    noted: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if noted and not distributed.is_initialized():
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def progress_bar(total: int, unit: str, **options: Any) -> tqdm:
+    """Rank 0's bar on stderr: redrawn ten times a second on a terminal, every half minute in a log file."""
+    return tqdm(total=total, unit=unit, mininterval=0.1 if sys.stderr.isatty() else 30, disable=rank() > 0, **options)

@@ -1,0 +1,151 @@
+"""What evaluate.py writes and prints of its figures: scores.csv, the table on the terminal, and report.html.
+
+report.html is one file with the verdict, the figures and a gallery of every image, to look at in any browser.
+"""
+
+import base64
+import csv
+import io
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain, repeat
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader
+from PIL import Image
+
+from anogan import files, heatmaps
+from anogan.scores import ScoredSplit
+from anogan.verdicts import Verdict
+
+# Bytes of pictures at most, which base64 makes a third longer, so that a browser opens the file at once; the most
+# anomalous come first. Each image adds a row of numbers too: the file stays under 60 MB up to 20,000 images
+PICTURE_BYTES = 40_000_000
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a report shows."""
+
+    title: str
+    sentences: list[str]  # that open it
+    figures: list[Path]  # PNG files
+    name: str  # of the split
+    split: ScoredSplit
+    verdict: Verdict
+    metrics: dict[str, dict] = field(default_factory=dict)  # by score, as `metrics.detection_metrics` has them
+
+
+def write(path: Path, page: Page, strips: Iterator[bytes]) -> None:
+    """Write a report: its sentences, a row for each score, the figures and the gallery, most anomalous first.
+
+    `strips` are the WebP files of the images in that order, as many as there is room for.
+    """
+    split, verdict = page.split, page.verdict
+    pictures: list[str | None] = []
+    size = 0
+    for strip in strips:
+        size += len(strip)
+        if size > PICTURE_BYTES:
+            break
+        pictures.append(base64.b64encode(strip).decode())
+    rows = [
+        [
+            str(split.images.source[i]),
+            str(split.class_name[i]),
+            bool(verdict.flagged[page.name][i]),
+            float(verdict.p_value[page.name][i]),
+            *(float(values[i]) for values in split.scores.values()),
+            picture,
+        ]
+        for i, picture in zip(split.ranked(verdict.score), chain(pictures, repeat(None)), strict=False)
+    ]
+    panels = ["real"] if split.z is None else ["real", "generated", "difference", "marked"]
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    text = environment.get_template("report.template.html").render(
+        title=page.title,
+        sentences=page.sentences,
+        metrics=page.metrics,
+        labels={name: score.label for name, score in split.declared.items()},
+        score=verdict.score,
+        figures={each.stem.replace("_", " "): base64.b64encode(each.read_bytes()).decode() for each in page.figures},
+        data={"scores": list(split.scores), "verdict": verdict.score, "panels": panels, "rows": rows},
+        classes=sorted({str(each) for each in split.class_name} - {""}),
+        without_picture=len(rows) - len(pictures),
+        searched=split.z is not None,
+        level=verdict.level if math.isfinite(verdict.level) else None,
+    )
+    with files.replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8", errors="replace")
+
+
+def strips(split: ScoredSplit, verdict: Verdict) -> Iterator[bytes]:
+    """Each image's panels side by side, the most anomalous first, as the bytes of a WebP file."""
+    for _, x, generated in split.drawn(split.ranked(verdict.score)):
+        if generated is None:
+            panels = [heatmaps.to_rgb(x)]
+        else:
+            heat = heatmaps.difference(x, generated)
+            panels = heatmaps.panels(x, generated, heat, verdict.level, verdict.brightest)
+        for strip in np.concatenate(panels, 2):  # (H, 4 W, 3)
+            content = io.BytesIO()
+            Image.fromarray(strip).save(content, "WEBP", quality=80)
+            yield content.getvalue()
+
+
+def write_rows(path: Path, header: list[str], rows: Iterable[list]) -> None:
+    """A CSV file, whole or not at all."""
+    with files.replacing(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="replace") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def write_scores(path: Path, scored: dict[str, ScoredSplit], verdict: Verdict) -> None:
+    """scores.csv, a row an image; p_value and flagged are of the score `verdict.score`."""
+    about = ["split", "index", "source", "label", "class_name", "is_anomaly"]
+    write_rows(
+        path,
+        [*about, *scored["validation"].scores, "p_value", "flagged"],
+        (
+            [name, split.images.index[i], split.images.source[i], split.images.label[i], split.class_name[i]]
+            + [int(split.is_anomaly[i])]
+            + [f"{values[i]:.9g}" for values in (*split.scores.values(), verdict.p_value[name])]
+            + [int(verdict.flagged[name][i])]
+            for name, split in scored.items()
+            for i in range(len(split.images))
+        ),
+    )
+
+
+def print_table(found: dict) -> None:
+    """The figures of metrics.json that a person wants first."""
+
+    def row(name: str, of: dict) -> str:
+        low, high = of["roc_auc_95_interval"]
+        below = "  below chance" if high < 0.5 else ""
+        return (
+            f"{name:<20} {of['roc_auc']:.3f} [{low:.3f}, {high:.3f}]  {of['average_precision']:>8.3f}"
+            f"  {of['fpr_at_95_tpr']:>8.3f}{below}"
+        )
+
+    for protocol in ("test", "all_splits"):
+        if protocol not in found:
+            continue
+        headline = found[protocol][found["threshold"]["score"]]
+        normals = f"{headline['n_normal']} normal ({found['normal_class']})"
+        print(f"\n{protocol}: {normals}, {headline['n_anomalous']} anomalous images")
+        print(f"{'score':<20} ROC-AUC [95% interval]  avg.prec.  FPR at 95% TPR")
+        for name, of in found[protocol].items():
+            print(row(name, of))
+        print(f"{found['threshold']['score']} by anomalous class")
+        for name, of in headline["per_class"].items():
+            print(row(f"  {name}", of))
+    if "pixels" in found:
+        of = found["pixels"]
+        print(
+            f"\nheat maps against the masks: pixel-level ROC-AUC {of['pixel_roc_auc']:.3f}, AUPRO {of['aupro']:.3f} "
+            f"(false alarms up to 30%); something is marked in {of['regions_found']} of their {of['regions']} regions"
+        )

@@ -1,0 +1,311 @@
+"""A run folder: who holds it, its gan.pt and the images of that GAN, and run.json, how each script ran."""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import platform
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from filelock import FileLock, Timeout
+from torch import nn
+
+from anogan import files, images, processes
+from network import Discriminator, Generator, fold_batchnorm
+from util import InputError, quoted
+
+
+@contextlib.contextmanager
+def run_folder(run_dir: Path) -> Iterator[None]:
+    """Hold a run folder for this process (with torchrun, rank 0 does it for all), and remove what killed ones left.
+
+    Raises InputError if another process holds it, or its run.json, which every script adds to at its end, is damaged.
+    """
+    if processes.rank() > 0:
+        yield
+        return
+    try:
+        with files.writing(run_dir / ".lock"):
+            lock = FileLock(run_dir / ".lock", blocking=False).acquire()
+    except Timeout as error:
+        raise InputError(
+            f"another process is at work in {run_dir}: wait for it to end, or name another run with --run-dir"
+        ) from error
+    with lock:
+        for pattern in ("", "latents-*/"):
+            for partial in run_dir.glob(f"{pattern}{files.PARTIAL}[0-9]*-*"):
+                partial.unlink()
+        read_record(run_dir)
+        yield
+
+
+def find_run(run_dir: Path | None) -> Path:
+    """`run_dir`, or the folder under outputs/ whose gan.pt is newest. Raises InputError if there is no gan.pt."""
+    if run_dir is None:
+        trained = sorted(Path("outputs").glob("*/gan.pt"), key=lambda path: path.stat().st_mtime)
+        if not trained:
+            raise InputError("no outputs/*/gan.pt here: run train_gan.py first, or name a run with --run-dir")
+        return trained[-1].parent
+    if not (run_dir / "gan.pt").is_file():
+        raise InputError(
+            f"{run_dir} has no gan.pt: run train_gan.py --run-dir {quoted(run_dir)} first, or name another run"
+        )
+    return run_dir
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def reading_checkpoint(path: Path, command: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """The content of what `command` wrote, and its fingerprint. Raises InputError if it is damaged, foreign, or holds
+    more than plain data, whether that shows at once or when the block uses it."""
+    content = path.read_bytes()
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:  # torch.load does not look at the checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of {damaged} is wrong")
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds a {type(state).__name__}")
+        yield state, hashlib.sha256(content).hexdigest()
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # torch.load raises almost anything on bytes that are not its own
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'}"
+        raise InputError(
+            f"{path} is damaged or was not written by this {command}, and nothing in it was run ({reason}): "
+            f"start over with {command} --fresh, or name another run with --run-dir"
+        ) from error
+
+
+def freeze(network: nn.Module, device: torch.device) -> None:
+    """Make a network ready for search and scores: eval mode, no gradients, BatchNorm folded away, on the device."""
+    network.eval().requires_grad_(False)
+    _fold_ladders(network)
+    network.to(device, memory_format=torch.channels_last)
+
+
+def _fold_ladders(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.Sequential):
+            setattr(module, name, fold_batchnorm(child))
+        else:
+            _fold_ladders(child)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedGAN:
+    """What gan.pt holds for the search and the scores; both networks are as `freeze` leaves them."""
+
+    run_dir: Path
+    generator: Generator
+    discriminator: Discriminator
+    dataset: str
+    classes: list[str]
+    normal_class: str
+    image_size: int
+    image_channels: int
+    latent_dim: int
+    ngf: int
+    ndf: int
+    batch_size: int
+    epoch: float  # how many epochs it was trained for
+    training_set: str  # fingerprint of the split it was trained on, by the images' names
+    training_images: str  # how many, and a checksum of their pixels
+    fingerprint: str  # SHA-256 of the file: what was made with it names it
+
+    @property
+    def device(self) -> torch.device:
+        """Where both networks are."""
+        return next(self.generator.parameters()).device
+
+
+def load_gan(run_dir: Path, device: torch.device) -> TrainedGAN:
+    """G and D of `run_dir`/gan.pt, frozen. Raises InputError, see `reading_checkpoint`."""
+    with reading_checkpoint(run_dir / "gan.pt", "train_gan.py") as (state, fingerprint):
+        config, channels = state["config"], state["image_channels"]
+        generator = Generator(config["image_size"], channels, config["latent_dim"], config["ngf"])
+        generator.load_state_dict(state["generator"])
+        discriminator = Discriminator(config["image_size"], channels, config["ndf"])
+        discriminator.load_state_dict(state["discriminator"])
+        gan = TrainedGAN(
+            run_dir=run_dir,
+            generator=generator,
+            discriminator=discriminator,
+            dataset=config["dataset"],
+            classes=state["classes"],
+            normal_class=state["normal_class"],
+            image_size=config["image_size"],
+            image_channels=channels,
+            latent_dim=config["latent_dim"],
+            ngf=config["ngf"],
+            ndf=config["ndf"],
+            batch_size=config["batch_size"],
+            epoch=state["epoch"],
+            training_set=state["training_set"],
+            training_images=config["training_images"],
+            fingerprint=fingerprint,
+        )
+    for network in (generator, discriminator):
+        freeze(network, device)
+    return gan
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a detector's checkpoint holds for its scores."""
+
+    network: nn.Module  # as `freeze` leaves it
+    settings: dict[str, Any]  # those that it was trained with
+    fingerprint: str  # SHA-256 of the file
+
+
+def load_trained(
+    gan: TrainedGAN, file: str, command: str, part: str, network: nn.Module, same: tuple[str, ...]
+) -> Trained:
+    """Fill a network from `file` in the run folder of a GAN, where `command` wrote it as `part`, and freeze it.
+
+    `same` are the fields of TrainedGAN that the settings in the file must agree with; `gan` is its fingerprint. Raises
+    InputError if one differs or the file is missing, or as `reading_checkpoint` does.
+    """
+    path, where = gan.run_dir / file, f"--run-dir {quoted(gan.run_dir)}"
+    if not path.is_file():
+        raise InputError(f"{path} is missing: run {command} {where} first")
+    with reading_checkpoint(path, command) as (state, fingerprint):
+        settings = state["config"]
+        of_gan = {name: gan.fingerprint if name == "gan" else getattr(gan, name) for name in same}
+        if other := [name for name in same if settings[name] != of_gan[name]]:
+            raise InputError(
+                f"{path} was trained for another gan.pt than the one that is there now (other {', '.join(other)}): "
+                f"run {command} {where} --fresh, or remove it"
+            )
+        network.load_state_dict(state[part])
+    freeze(network, gan.device)
+    return Trained(network, settings, fingerprint)
+
+
+def differing_settings(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The names of the settings that are not the same in both, sorted; one that is missing counts as None."""
+    return [name for name in sorted({*one, *other}) if one.get(name) != other.get(name)]
+
+
+# ---- the images of a GAN --------------------------------------------------------------------------------------------
+
+
+def open_split(gan: TrainedGAN, split: str) -> images.ImageSet:
+    """A split of the data set that this GAN was trained on.
+
+    Raises InputError if the classes or the training images' names have changed since, which would move pictures that
+    the GAN has seen into `validation`.
+    """
+    image_set = images.open_split(gan.dataset, split, gan.normal_class)
+    if image_set.classes != gan.classes:
+        raise InputError(f"{gan.dataset} has other classes than gan.pt was trained with: train again")
+    if split != "test":
+        training = image_set if split == "train" else images.open_split(gan.dataset, "train", gan.normal_class)
+        if training.fingerprint() != gan.training_set:
+            raise InputError(
+                f"the training part of {gan.dataset} has other pictures than when gan.pt was trained, so that "
+                "validation would not be new to it: put them back, or train again with train_gan.py --fresh"
+            )
+    return image_set
+
+
+def checksum(pixels: torch.Tensor) -> str:
+    """How many images these are, uint8 (N, C, H, W), and a checksum of their pixels."""
+    return f"{len(pixels)} with checksum {hashlib.sha256(pixels.numpy()).hexdigest()[:16]}"
+
+
+def load_training_images(
+    image_set: images.ImageSet, image_size: int, image_channels: int, skip_unreadable: bool, count: int = 1
+) -> torch.Tensor:
+    """A set's images as uint8 (N, C, H, W) for `count` processes. Raises InputError if fewer can be read."""
+    pixels, _ = images.load_images(image_set, image_size, image_channels, skip_unreadable)
+    if len(pixels) == 0:
+        raise InputError(f"none of the {len(image_set)} training images can be read")
+    if skipped := len(image_set) - len(pixels):
+        print(f"skipped {skipped} of {len(image_set)} images, which cannot be read")
+    if len(pixels) < count:
+        raise InputError(f"{len(pixels)} training images are too few for {count} processes: start fewer")
+    return pixels
+
+
+def images_of_gan(gan: TrainedGAN, skip_unreadable: bool = False, count: int = 1) -> torch.Tensor:
+    """The images that gan.pt was trained on, uint8 (N, C, H, W), for `count` processes.
+
+    Raises InputError if they have changed since, or as `load_training_images` does.
+    """
+    training = images.open_split(gan.dataset, "train", gan.normal_class)
+    pixels = load_training_images(training, gan.image_size, gan.image_channels, skip_unreadable, count)
+    if (found := checksum(pixels)) != gan.training_images:
+        raise InputError(
+            f"the training images of {gan.dataset} are not those of gan.pt ({found}, not {gan.training_images}): "
+            "put those back, or start over with train_gan.py --fresh"
+        )
+    return pixels
+
+
+# ---- run.json -------------------------------------------------------------------------------------------------------
+
+
+def record_run(run_dir: Path, script: str, config: Any, device: torch.device, seconds: float, **facts: Any) -> None:
+    """Add to `run_dir`/run.json how `script` ran: hyperparameters, versions, device, commit, seconds, peak memory."""
+    record = read_record(run_dir)
+    record[script] = {
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "seconds": round(seconds, 1),
+        "hyperparameters": {name: str(v) if isinstance(v, Path) else v for name, v in vars(config).items()},
+        "device": _device_name(device),
+        "cpu_threads": torch.get_num_threads(),
+        "peak_memory_mib": _peak_memory_mib(),
+        "peak_gpu_memory_mib": torch.cuda.max_memory_allocated(device) // 2**20 if device.type == "cuda" else None,
+        "git_commit": git_commit(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "numpy": np.__version__,
+        },
+        **facts,
+    }
+    files.write_json(run_dir / "run.json", record)
+
+
+def read_record(run_dir: Path) -> dict[str, dict]:
+    """What `record_run` wrote to `run_dir`/run.json, by script. Raises InputError if it is damaged."""
+    return files.read_json(run_dir / "run.json")
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({platform.machine()})"
+
+
+def _peak_memory_mib() -> int | None:
+    """Most memory this process ever held, or None on Windows, which has no `resource` module."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // 2**20 if sys.platform == "darwin" else peak // 2**10  # bytes on macOS, KiB elsewhere
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with -dirty if it was edited since; None outside a git checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,293 @@
+"""Scores: how one is declared, those of the paper and `peak`, and the scores of every image of a run.
+
+A high score means anomalous, for every score. The losses that R, D and A(x) are made of stand in util.py, where the
+search takes them from. Each detector declares its own scores.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from anogan import files, heatmaps, images, latents, runs
+from util import InputError, anomaly_score
+
+ImageSets = dict[str, images.ImageSet]  # by split; `images` are pictures without labels
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a score rests on: a file in the run folder. Where it is missing, the score is left out."""
+
+    file: str  # its name; with {split} in it there is one for each split
+    command: str  # that makes it
+    load: Callable[[runs.TrainedGAN, ImageSets], Any]
+    scores_unlabelled: bool = True  # whether it has scores for pictures without labels too
+
+    def is_there(self, run_dir: Path, splits: Sequence[str]) -> bool:
+        """Whether one of its files for these splits is in the run folder."""
+        if "images" in splits and not self.scores_unlabelled:
+            return False
+        return any((run_dir / self.file.format(split=split)).is_file() for split in splits)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some images of a split, as a score sees them."""
+
+    split: str
+    rows: np.ndarray  # (N,) positions in the split
+    index: np.ndarray  # (N,) positions in the data set's training or test part
+    x: torch.Tensor  # (N, C, H, H) in [-1, 1]
+    generated: torch.Tensor | None  # G(z), the same shape; None where nothing was searched
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score, declared once: what it is called, what it needs, how it is worked out and drawn in figures.
+
+    `function` takes what `source.load` returned and a Batch to (N,). With `parts` the score is made of others instead:
+    it takes those of a split and those of validation, each a dict of (N,) by name.
+    """
+
+    name: str
+    label: str
+    source: Source
+    function: Callable[..., torch.Tensor | np.ndarray]
+    colour: str
+    line: str = "-"
+    opacity: float = 1.0  # of its bars
+    parts: tuple[str, ...] = ()
+
+
+# ---- the scores of the search and of the GAN ------------------------------------------------------------------------
+
+
+def peak(x: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
+    """The largest smoothed difference of x and G(z), see `heatmaps.difference`: (N, C, H, H) twice to (N,) in [0, 1].
+
+    For what is small and local: a scratch hardly changes the sum R, which every pixel of the picture is part of.
+    """
+    return heatmaps.difference(x, generated).amax((1, 2))
+
+
+def p_d(discriminator: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """P_D = 1 - D(x), the discriminator's probability that x is not real: (N, C, H, W) to float64 (N,) in [0, 1]."""
+    # 1 - sigmoid(l) = sigmoid(-l); in float64, or a confident D would make ties at 0 and 1
+    return discriminator(x).cpu().double().neg().sigmoid()
+
+
+def _fitted_score(fits: dict[str, dict[str, Any]], batch: Batch) -> np.ndarray:
+    """A(x) as the search left it (N,)."""
+    of_split = fits[batch.split]
+    parts = (of_split[name][batch.rows] for name in ("residual", "discrimination"))
+    return anomaly_score(*parts, of_split["search"]["discrimination_weight"])
+
+
+def _read_reference(gan: runs.TrainedGAN, image_sets: ImageSets) -> dict[str, dict[str, Any]]:
+    """The latents of GAN_R for these images. Raises InputError if they are of others."""
+    references = latents.read_fits(gan, list(image_sets), "reference")
+    for split, image_set in image_sets.items():
+        if not np.array_equal(references[split]["index"], image_set.index):
+            raise InputError(
+                f"the two searches of {split} are not of the same images: run fit_latent.py with --discrimination "
+                "features and with reference, and the same --max-images"
+            )
+    return references
+
+
+GAN = Source("gan.pt", "train_gan.py", lambda gan, image_sets: gan)
+LATENTS = Source(
+    "latents-{split}.npz", "fit_latent.py", lambda gan, image_sets: latents.read_fits(gan, list(image_sets))
+)
+REFERENCE = Source(
+    "latents-{split}-reference.npz",
+    "fit_latent.py --discrimination reference",
+    _read_reference,
+    scores_unlabelled=False,
+)
+
+# What needs G(z) is of the source LATENTS
+SEARCH = (
+    Score(
+        "anomaly_score",
+        "A(x), AnoGAN's anomaly score",
+        LATENTS,
+        _fitted_score,
+        "tab:blue",
+    ),
+    Score(
+        "residual",
+        "R, residual",
+        LATENTS,
+        lambda fits, batch: fits[batch.split]["residual"][batch.rows],
+        *("tab:blue", "--", 0.6),
+    ),
+    Score(
+        "discrimination",
+        "D, discrimination",
+        LATENTS,
+        lambda fits, batch: fits[batch.split]["discrimination"][batch.rows],
+        *("tab:blue", ":", 0.4),
+    ),
+    Score(
+        "peak",
+        "peak, largest local difference",
+        LATENTS,
+        lambda fits, batch: peak(batch.x, batch.generated),
+        *("tab:blue", "-.", 0.25),
+    ),
+    Score("p_d", "P_D, discriminator alone", GAN, lambda gan, batch: p_d(gan.discriminator, batch.x), "tab:orange"),
+)
+GAN_R = Score(
+    "gan_r",
+    "A(x) of GAN_R, reference loss",
+    REFERENCE,
+    _fitted_score,
+    "tab:purple",
+)
+
+
+# ---- the scores of a run --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ScoredSplit:
+    """The images of one split and their scores, every array in the same order."""
+
+    gan: runs.TrainedGAN
+    images: images.ImageSet
+    z: np.ndarray | None  # (N, latent_dim), None where nothing was searched
+    search: dict[str, Any] | None  # the settings of the search that found z
+    class_name: np.ndarray  # (N,) str, "" for pictures without labels
+    is_anomaly: np.ndarray  # (N,) bool, False for pictures without labels
+    scores: dict[str, np.ndarray]  # by name, each (N,)
+    declared: dict[str, Score]  # the same names
+    batch_size: int  # images that go through the networks at once
+
+    def ranked(self, score: str) -> np.ndarray:
+        """Positions (N,), the most anomalous by this score first."""
+        return np.argsort(-self.scores[score], kind="stable")
+
+    def drawn(self, rows: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor | None]]:
+        """Positions in the split (B,), x and G(z) of all images or of these rows, see `latents.drawn`."""
+        rows = np.arange(len(self.images)) if rows is None else rows
+        z = None if self.z is None else self.z[rows]
+        for places, x, generated in latents.drawn(self.gan, self.images.take(rows), z, self.batch_size):
+            yield rows[places], x, generated
+
+    def real_and_generated(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x and G(z) of some rows, each (N, C, H, W) in [-1, 1], on the CPU; None for G(z) without a search."""
+        batches = list(self.drawn(rows))
+        x = torch.cat([x.cpu() for _, x, _ in batches])
+        return x, None if self.z is None else torch.cat([generated.cpu() for *_, generated in batches])
+
+
+def fingerprints(split: ScoredSplit) -> dict[str, str]:
+    """SHA-256 of each file of the run folder, by name, that the scores of a split rest on."""
+    paths = {split.gan.run_dir / score.source.file for score in split.declared.values()}
+    return {path.name: files.fingerprint(path) for path in sorted(paths) if path.is_file()}
+
+
+def default_score(run_dir: Path) -> str:
+    """What a verdict rests on if no score is named: `combined` if RotNet was trained, else the paper's A(x)."""
+    return "combined" if (run_dir / "rotnet.pt").is_file() else "anomaly_score"
+
+
+def score_run(
+    gan: runs.TrainedGAN,
+    image_sets: ImageSets,
+    declared: Sequence[Score],
+    wanted: str,
+    batch_size: int,
+    skip_unreadable: bool = False,
+) -> dict[str, ScoredSplit]:
+    """Every declared score that the run folder allows, of these sets' images, `validation` among them.
+
+    Where the sets were searched, only the images that were. Latents must be there if the score `wanted` needs G(z).
+    Raises InputError if it cannot be had, or a file is missing, damaged or of something else.
+    """
+    fits = _fits(gan, image_sets, needs_z=any(each.name == wanted and each.source is LATENTS for each in declared))
+    if fits:
+        image_sets = {
+            split: latents.fitted_images(image_set, split, fits[split]) for split, image_set in image_sets.items()
+        }
+    loaded: dict[Source, Any] = {LATENTS: fits} if fits else {}
+    for source in dict.fromkeys(each.source for each in declared if each.source is not LATENTS):
+        if source.is_there(gan.run_dir, list(image_sets)):
+            loaded[source] = source.load(gan, image_sets)
+    present = [each for each in declared if each.source in loaded]
+    if wanted not in [each.name for each in present]:
+        command = next(each.source.command for each in declared if each.name == wanted)
+        raise InputError(
+            f"there is no score {wanted} here, but {', '.join(each.name for each in present)}: run {command} first; "
+            "GAN_R and the baselines score no pictures without labels"
+        )
+    scored: dict[str, ScoredSplit] = {}
+    for split, image_set in image_sets.items():
+        z = fits[split]["z"] if fits else None
+        drawn = latents.drawn(gan, image_set, z, batch_size, skip_unreadable)
+        by_name, readable = _score_batches(split, image_set, loaded, present, drawn)
+        image_set = image_set.take(readable)
+        is_labelled = image_set.label >= 0
+        scored[split] = ScoredSplit(
+            gan=gan,
+            images=image_set,
+            z=z,
+            search=fits[split]["search"] if fits else None,
+            class_name=np.where(is_labelled, np.array(gan.classes)[image_set.label], ""),
+            is_anomaly=is_labelled & (image_set.label != gan.classes.index(gan.normal_class)),
+            scores=by_name,
+            declared={score.name: score for score in present},
+            batch_size=batch_size,
+        )
+    for score in present:  # those made of others come last: validation has all the others by then
+        if score.parts:
+            normals = {name: scored["validation"].scores[name] for name in score.parts}
+            for each in scored.values():
+                each.scores[score.name] = score.function(each.scores, normals)
+    return scored
+
+
+def _fits(gan: runs.TrainedGAN, image_sets: ImageSets, needs_z: bool) -> dict[str, dict[str, Any]]:
+    """The latents of these sets by split, {} where none are needed and nothing was searched."""
+    if not needs_z and "images" in image_sets:
+        path = latents.latents_path(gan.run_dir, "images")
+        try:  # those of the pictures searched last, which may be others
+            latents.fitted_images(image_sets["images"], "images", latents.read_latents(path, "images", gan))
+        except InputError as error:
+            print(f"no heat maps, since these pictures were not searched ({error})")
+            return {}
+    if needs_z or LATENTS.is_there(gan.run_dir, list(image_sets)):
+        return latents.read_fits(gan, list(image_sets))
+    print("no difference maps, since nothing was searched: fit_latent.py does it")
+    return {}
+
+
+def _score_batches(
+    split: str,
+    image_set: images.ImageSet,
+    loaded: dict[Source, Any],
+    present: list[Score],
+    drawn: Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor | None]],
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The scores that are worked out from a split's images, which come as `latents.drawn` yields them: each (N,).
+
+    Also returns the positions (N,) of the images that could be read. Raises InputError if there are none.
+    """
+    direct = [score for score in present if not score.parts]
+    found: dict[str, list[np.ndarray]] = {score.name: [] for score in direct}
+    readable = []
+    for rows, x, generated in drawn:
+        readable.append(rows)
+        batch = Batch(split, rows, image_set.index[rows], x, generated)
+        for score in direct:
+            values = score.function(loaded[score.source], batch)
+            found[score.name].append(values.cpu().numpy() if isinstance(values, torch.Tensor) else values)
+    if not sum(map(len, readable)):
+        raise InputError(f"none of the images of the split {split} can be read")
+    return {name: np.concatenate(parts) for name, parts in found.items()}, np.concatenate(readable)

@@ -1,0 +1,157 @@
+"""Plain baselines to compare AnoGAN with: no network, only the pixels of the training images. Need a gan.pt.
+
+    python -m detectors.baselines                             # the run trained last, its validation and test images
+    python -m detectors.baselines --splits validation test train_anomalies
+
+One-class SVM, kernel density and isolation forest from scikit-learn, on the principal components of the pixels. Writes
+baselines-<split>.npz to the run folder: their scores of every image. evaluate.py then has the scores `oc_svm`, `kde`
+and `isolation_forest`. Next: python evaluate.py
+"""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from sklearn.base import BaseEstimator
+from sklearn.decomposition import PCA
+from sklearn.ensemble import IsolationForest
+from sklearn.model_selection import GridSearchCV
+from sklearn.neighbors import KernelDensity
+from sklearn.svm import OneClassSVM
+
+import util
+from anogan import files, images, latents, runs
+from anogan.scores import Batch, ImageSets, Score, Source
+
+COMMAND = "python -m detectors.baselines"
+LABELS = {
+    "oc_svm": "one-class SVM on pixels",
+    "kde": "kernel density of pixels",
+    "isolation_forest": "isolation forest on pixels",
+}
+Stored = dict[str, dict[str, np.ndarray]]  # by split: what baselines-<split>.npz holds
+
+
+@dataclass
+class Config:
+    run_dir: Path | None = None  # the run to use; by default the one trained last
+    splits: tuple[str, ...] = ("validation", "test")  # any of train, validation, test, train_anomalies
+    variance: float = 0.95  # share of the pixels' variance that the principal components keep (Ruff et al. 2018)
+    nu: float = 0.1  # one-class SVM: share of the training images that may lie outside
+    trees: int = 100  # of the isolation forest
+    seed: int = 0  # of the isolation forest, and of the folds that choose the density's bandwidth
+    skip_unreadable: bool = False  # go on without the images that cannot be read
+
+
+def to_vectors(pixels: torch.Tensor) -> np.ndarray:
+    """uint8 images (N, C, H, W) to vectors (N, C * H * W) in [-1, 1]."""
+    return images.to_model(pixels).flatten(1).numpy()
+
+
+def choose_bandwidth(vectors: np.ndarray, seed: int) -> KernelDensity:
+    """A Gaussian kernel density of vectors (N, D) with the bandwidth of the highest likelihood in five-fold validation.
+
+    The candidates are fractions of the vectors' root mean square distance from their mean: no label has a say.
+    """
+    scale = np.sqrt((vectors - vectors.mean(0)).var(0).sum())
+    some = np.random.default_rng(seed).permutation(vectors)[:1000]  # with all of them it would take a minute
+    # In hundreds of dimensions the bounds of scikit-learn's tree cancel, and log-densities came out wrong by up to 400:
+    # with all vectors in one leaf they are exact
+    model = KernelDensity(leaf_size=len(vectors))
+    search = GridSearchCV(model, {"bandwidth": scale * np.geomspace(0.02, 1, 12)}, cv=5).fit(some)
+    return model.set_params(**search.best_params_).fit(vectors)
+
+
+def fit_baseline(name: str, vectors: np.ndarray, config: Config) -> BaseEstimator:
+    """A baseline fitted to the principal components (N, D) of normal images; `score_samples` is high where normal."""
+    if name == "oc_svm":
+        return OneClassSVM(nu=config.nu, gamma="scale").fit(vectors)
+    if name == "kde":
+        return choose_bandwidth(vectors, config.seed)
+    return IsolationForest(n_estimators=config.trees, random_state=config.seed).fit(vectors)
+
+
+def load_split(gan: runs.TrainedGAN, split: str, skip_unreadable: bool) -> tuple[np.ndarray, images.ImageSet]:
+    """Vectors (N, D) of a split's images, and which they are. Raises InputError if none can be read."""
+    image_set = runs.open_split(gan, split)
+    pixels, image_set = images.load_images(image_set, gan.image_size, gan.image_channels, skip_unreadable)
+    if len(image_set) == 0:
+        raise util.InputError(f"the split {split} of {gan.dataset} holds no image that can be read")
+    return to_vectors(pixels), image_set
+
+
+def read(gan: runs.TrainedGAN, image_sets: ImageSets) -> Stored:
+    """The baselines' scores of these splits, and the `index` of their images.
+
+    Raises InputError if a file is missing, or not what its name says.
+    """
+    stored = {}
+    for split in image_sets:
+        path = gan.run_dir / f"baselines-{split}.npz"
+        again = f"run {COMMAND} --run-dir {util.quoted(gan.run_dir)} --splits {' '.join(image_sets)}"
+        try:
+            stored[split] = latents.read_arrays(path, COMMAND, split, gan, dict.fromkeys(LABELS, ()))
+        except util.InputError as error:
+            raise util.InputError(f"{error}: {again}, or remove the baselines-*.npz") from error
+    return stored
+
+
+def stored_score(name: str, stored: Stored, batch: Batch) -> np.ndarray:
+    """What a baseline said of the images of a batch (N,). Raises InputError if it has not seen one of them."""
+    of_split = stored[batch.split]
+    index = of_split["index"]  # ascending, in the data set's order
+    row = np.searchsorted(index, batch.index).clip(max=len(index) - 1)
+    if not np.array_equal(index[row], batch.index):
+        raise util.InputError(
+            f"baselines-{batch.split}.npz lacks some of the images that are scored: run {COMMAND} again"
+        )
+    return of_split[name][row]
+
+
+BASELINES = Source("baselines-{split}.npz", COMMAND, read, scores_unlabelled=False)
+SCORES = tuple(
+    Score(name, label, BASELINES, partial(stored_score, name), colour)
+    for (name, label), colour in zip(LABELS.items(), ("tab:brown", "tab:pink", "tab:gray"), strict=True)
+)
+
+
+def main(config: Config) -> Path:
+    """Fit every baseline to the train split, and write its scores of the others; returns the run folder."""
+    started = time.monotonic()
+    util.check_at_least(config, 1, "trees")
+    util.check_seed(config.seed)
+    if config.seed >= 2**32:
+        raise util.InputError(f"--seed must be below 2**32 for scikit-learn, not {config.seed}")
+    util.check_share(config, "variance", "nu")
+    images.check_splits(config.splits)
+    run_dir = runs.find_run(config.run_dir)
+    with runs.run_folder(run_dir):
+        gan = runs.load_gan(run_dir, torch.device("cpu"))
+        print(f"run: {run_dir}   normal class: {gan.normal_class}")
+        vectors, _ = load_split(gan, "train", config.skip_unreadable)
+        pca = PCA(config.variance, svd_solver="full").fit(vectors)
+        components = pca.transform(vectors)  # (N, D)
+        print(f"{len(components)} training images, {pca.n_components_} principal components")
+        models = {name: fit_baseline(name, components, config) for name in LABELS}
+        for split in config.splits:
+            vectors, image_set = load_split(gan, split, config.skip_unreadable)
+            components = pca.transform(vectors)
+            scores = {name: -model.score_samples(components) for name, model in models.items()}
+            about = {"index": image_set.index, "source": image_set.source, "split": split, "gan": gan.fingerprint}
+            with files.replacing(run_dir / f"baselines-{split}.npz") as partial_file:
+                np.savez(partial_file, **scores, **about)
+        facts = {"bandwidth": float(models["kde"].bandwidth), "principal_components": int(pca.n_components_)}
+        seconds = time.monotonic() - started
+        runs.record_run(run_dir, "baselines", config, torch.device("cpu"), seconds, **facts)
+        print(f"wrote {run_dir}/: {' '.join(f'baselines-{split}.npz' for split in config.splits)} run.json")
+        print(f"next: python evaluate.py --run-dir {util.quoted(run_dir)}")
+        return run_dir
+
+
+if __name__ == "__main__":
+    with util.clear_errors():
+        main(tyro.cli(Config, description=util.help_text(__doc__)))
