@@ -1,5 +1,5 @@
 # make demo      the three scripts on scikit-learn's digits: a first result in minutes, no download of data
-# make washers   the same on pictures with planted defects, and a verdict on new ones: docs/your-own-images.md
+# make washers   the same on pictures with planted defects, and a verdict on new ones: docs/own-pictures.md
 # make test      the test suite
 # make bench     the search and the training against the usual loops: two tables and two JSON files in under 10 minutes
 # make table     every class of CIFAR-10 in turn against the nine others: hours; goes on where it stopped
@@ -44,7 +44,7 @@ washers washers-grey: $(VENV)/installed
 	$(BIN)/python evaluate.py --run-dir outputs/$@-good --images data/$@/new
 
 test: $(VENV)/installed-dev browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # For the tests of report.html, which are skipped without one
 browser:
@@ -79,7 +79,8 @@ $(VENV)/installed: requirements.txt
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed Makefile
-	$(BIN)/pip install "pytest>=8.4" "ruff>=0.17" "playwright>=1.50" "tensorboard>=2.18"
+	$(BIN)/pip install "pytest>=8.4" "pytest-xdist>=3.6" "ruff>=0.17" "playwright>=1.50" "tensorboard>=2.18" \
+	    "nbclient>=0.10" "ipykernel>=6.29"
 	touch $@
 
 clean:

@@ -91,7 +91,7 @@ def evaluate_splits(gan: runs.TrainedGAN, config: Config) -> dict[str, Any]:
     check_both_kinds(gan, test)
 
     # ROC-AUC
-    found = {"normal_class": gan.normal_class, "files": scores.fingerprints(test), "search": test.search}
+    found = {"normal_class": gan.normal_class, "files": scores.fingerprints(scored), "search": test.search}
     protocols = {"test": [test]}
     if "train_anomalies" in scored:
         protocols["all_splits"] = [validation, test, scored["train_anomalies"]]
@@ -119,10 +119,39 @@ def evaluate_splits(gan: runs.TrainedGAN, config: Config) -> dict[str, Any]:
     if test.z is not None:
         figures.append(draw_difference_maps(test, verdict, title))
 
+    write_report(test, verdict, found, figures)
+    return found
+
+
+def judge_pictures(gan: runs.TrainedGAN, config: Config) -> dict[str, dict[str, Any]]:
+    """A verdict on each of the pictures without labels; returns score, p_value and flagged by path."""
+    pictures = images.open_pictures(config.images)
+    # by default the score that the test images were judged by, so that what was measured is what is used
+    measured = files.read_json(gan.run_dir / "metrics.json").get("threshold", {}).get("score")
+    wanted = config.score or measured or scores.default_score(gan.run_dir)
+    image_sets = {"validation": runs.open_split(gan, "validation"), "images": pictures}
+    scored = scores.score_run(gan, image_sets, SCORES, wanted, config.batch_size, config.skip_unreadable)
+    verdict = verdicts.judge(scored, wanted, config.alpha, config.fdr)
+    folder = judge.write(gan.run_dir, scored, verdict)
+    found = scored["images"]
+    judge.print_verdicts(found, verdict, len(pictures) - len(found.images))
+    maps = "" if found.z is None else " heat/ marked/"
+    print(f"\nwrote {folder}/: scores.csv report.html scores.png{maps}")
+    print(f"next: open {folder / 'report.html'} in a browser")
+    rows = zip(found.scores[wanted], verdict.p_value["images"], verdict.flagged["images"], strict=True)
+    return {
+        str(source): {wanted: float(score), "p_value": float(p_value), "flagged": bool(flagged)}
+        for source, (score, p_value, flagged) in zip(found.images.source, rows, strict=True)
+    }
+
+
+def write_report(test: ScoredSplit, verdict: Verdict, found: dict[str, Any], figures: list[Path]) -> None:
+    """report.html, and what a person wants first on the terminal."""
+    run_dir, normal_class = test.gan.run_dir, test.gan.normal_class
     at, means = found["threshold"]["test"], verdicts.meaning(verdict)
     flagged = f"flags {at['false_alarm_rate']:.1%} of the normal and {at['detection_rate']:.1%} of the anomalous images"
     page = report.Page(
-        f"{run_dir.name}: {len(test.images)} test images, {gan.normal_class} is normal",
+        f"{run_dir.name}: {len(test.images)} test images, {normal_class} is normal",
         [f"On the test split it {flagged}.", f"{means[0].upper()}{means[1:]}."],
         figures[:3],
         "test",
@@ -139,28 +168,6 @@ def evaluate_splits(gan: runs.TrainedGAN, config: Config) -> dict[str, Any]:
         f"next: open {run_dir / 'report.html'} in a browser, or judge your own pictures: "
         f"python fit_latent.py --run-dir {util.quoted(run_dir)} --images PATH"
     )
-    return found
-
-
-def judge_pictures(gan: runs.TrainedGAN, config: Config) -> dict[str, dict[str, Any]]:
-    """A verdict on each of the pictures without labels; returns score, p_value and flagged by path."""
-    pictures = images.open_pictures(config.images)
-    # by default the score that the test images were judged by, so that what was measured is what is used
-    measured = files.read_json(gan.run_dir / "metrics.json").get("threshold", {}).get("score")
-    wanted = config.score or measured or scores.default_score(gan.run_dir)
-    image_sets = {"validation": runs.open_split(gan, "validation"), "images": pictures}
-    scored = scores.score_run(gan, image_sets, SCORES, wanted, config.batch_size, config.skip_unreadable)
-    verdict = verdicts.judge(scored, wanted, config.alpha, config.fdr)
-    folder = judge.write(gan.run_dir, scored, verdict)
-    found = scored["images"]
-    judge.print_verdicts(found, verdict, len(pictures) - len(found.images))
-    print(f"\nwrote {folder}/: {' '.join(sorted(path.name for path in folder.iterdir()))}")
-    print(f"next: open {folder / 'report.html'} in a browser")
-    rows = zip(found.scores[wanted], verdict.p_value["images"], verdict.flagged["images"], strict=True)
-    return {
-        str(source): {wanted: float(score), "p_value": float(p_value), "flagged": bool(flagged)}
-        for source, (score, p_value, flagged) in zip(found.images.source, rows, strict=True)
-    }
 
 
 def check_both_kinds(gan: runs.TrainedGAN, test: ScoredSplit) -> None:

@@ -64,6 +64,8 @@ class Latents:
         shard does not depend on which process did the others. Raises InputError for an image that cannot be read,
         unless they are to be skipped; finished shards stay.
         """
+        if not self._mine:
+            return
         gan = self._gan
         batches = {path: images.chunks(rows, batch_size) for path, rows in self._mine.items()}
         all_batches = list(chain(*batches.values()))

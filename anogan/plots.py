@@ -116,7 +116,10 @@ def score_histograms(
         bins = np.linspace(*np.quantile(score, [0.0, 0.998]), 50)  # a few extreme scores would squeeze the rest
         score = score.clip(bins[0], bins[-1])  # the last bin holds the rest
         for kind, rows, colour in zip(kinds, (~is_second, is_second), ("tab:green", "tab:red"), strict=True):
-            axes.hist(score[rows], bins, density=True, alpha=0.5, color=colour, label=f"{kind} ({rows.sum()})")
+            label_of_kind = f"{kind} ({rows.sum()})"
+            axes.hist(
+                score[rows], bins, density=True, histtype="stepfilled", alpha=0.5, color=colour, label=label_of_kind
+            )
         if label == threshold[0] and np.isfinite(threshold[1]):
             axes.axvline(threshold[1], ymax=0.7, color="black", linestyle="--", label="threshold, from validation")
         axes.set(xlabel=label, yticks=[], ylim=(0, 1.4 * axes.get_ylim()[1]))  # the legend stands above the bars
@@ -163,16 +166,24 @@ def difference_maps(path: Path, panels: list[np.ndarray], captions: list[list[st
     The words of an image's caption stand above its panels, one each.
     """
     lines = -(-len(captions) // 2)  # two images to a line, or the picture grows too tall to look at
+    side, gap = panels[0].shape[1], max(1, panels[0].shape[1] // 16)
+    places = [number * (side + gap) for number in range(len(panels))]  # where in a strip a panel begins
+    strips = np.full((len(captions), side, places[-1] + side, 3), 255, np.uint8)
+    for place, panel in zip(places, panels, strict=True):
+        strips[:, :, place : place + side] = panel
     figure = Figure(figsize=(11, 1.45 * lines + 1.2), layout="constrained")
-    grid = figure.subplots(lines, 9, squeeze=False, width_ratios=[1, 1, 1, 1, 0.2, 1, 1, 1, 1])
+    grid = figure.subplots(lines, 2, squeeze=False)  # one axes an image: a hundred of them take seconds to lay out
     for axes in grid.flat:
         axes.axis("off")
     headers = ("real", "generated", "difference", "marked")
-    for i, words in enumerate(captions):
-        of_image = grid[i % lines, :4] if i < lines else grid[i % lines, 5:]
-        for axes, panel, header, word in zip(of_image, panels, headers, [*words, ""], strict=True):
-            axes.imshow(panel[i])
-            axes.set_title(f"{header}\n\n{word}" if i % lines == 0 else word, fontsize=8)
+    for i, (strip, words) in enumerate(zip(strips, captions, strict=True)):
+        axes = grid[i % lines, i // lines]
+        axes.imshow(strip)
+        if i % lines == 0:
+            axes.set_title("\n\n", fontsize=8)  # room for the headers
+        for place, header, word in zip(places, headers, [*words, ""], strict=True):
+            text = f"{header}\n\n{word}" if i % lines == 0 else word
+            axes.text(place + side / 2, -gap, text, ha="center", va="bottom", fontsize=8)
     figure.suptitle(title)
     save(figure, path)
 

@@ -187,10 +187,13 @@ class ScoredSplit:
         return x, None if self.z is None else torch.cat([generated.cpu() for *_, generated in batches])
 
 
-def fingerprints(split: ScoredSplit) -> dict[str, str]:
-    """SHA-256 of each file of the run folder, by name, that the scores of a split rest on."""
-    paths = {split.gan.run_dir / score.source.file for score in split.declared.values()}
-    return {path.name: files.fingerprint(path) for path in sorted(paths) if path.is_file()}
+def fingerprints(scored: dict[str, ScoredSplit]) -> dict[str, str]:
+    """SHA-256 of each file of the run folder, by name, that the scores of these splits rest on."""
+    names = {
+        score.source.file.format(split=name) for name, split in scored.items() for score in split.declared.values()
+    }
+    run_dir = scored["validation"].gan.run_dir
+    return {name: files.fingerprint(run_dir / name) for name in sorted(names)}
 
 
 def default_score(run_dir: Path) -> str:

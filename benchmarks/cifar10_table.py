@@ -6,10 +6,11 @@
 Runs the scripts as a user does, a run folder for each class and seed, and adds a row a score to
 benchmarks/results/cifar10_table.csv, from which it makes cifar10_table.md. What is in the file already is not run
 again, and what stopped goes on: delete its rows to measure anew. One seeded half of the test split, `development`,
-is for choosing among scores, which scoring.py's COMBINED was; `roc_auc` is of the other half, the `report`.
+is for choosing among scores, as was done for `combined`; `roc_auc` is of the other half, the `report`.
 """
 
 import csv
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,19 +21,18 @@ import torch
 import tyro
 from sklearn.metrics import roc_auc_score
 
-import datasets
 import fit_latent
-import runs
 import util
+from anogan import files, images, runs
 from benchmarks import measure
+from benchmarks.measure import RESULTS, ROOT
 
-RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
     *("normal_class", "method", "seed", "roc_auc", "roc_auc_development", "n_test"),
     *("dataset", "image_size", "ngf", "epochs", "hardware", "git_commit"),
 )
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-# On the original files: mean of ten classes, those classes for which a source was at hand, paper and preprocessing.
+# On the original files: mean of ten classes, those classes for which we found a source, paper and preprocessing.
 # The ten figures of OCGAN and of GeoTrans are as Cheng et al. 2020 quote them; how these two and DROCC scale images is
 # from their authors' code
 RUFF = "Ruff et al. 2018; contrast-normalised images"
@@ -66,11 +66,18 @@ class Config:
     device: str = fit_latent.Config().device  # cuda, cuda:1, cpu, ...
 
 
-def run(script: str, run_dir: Path, *flags: object) -> None:
-    """Run a script as a user does. Raises InputError if it fails; it has said why."""
-    command = [sys.executable, str(Path(__file__).parents[1] / script), "--run-dir", str(run_dir), *map(str, flags)]
-    print("$", " ".join(command[1:]), flush=True)
-    with subprocess.Popen(command) as process:
+def run(command: str, run_dir: Path, *flags: object) -> None:
+    """Run `train_gan.py` or `-m detectors.rotnet` as a user does, from any working directory.
+
+    Raises InputError if it fails; it has said why.
+    """
+    script = command.split() if command.startswith("-m ") else [str(ROOT / command)]
+    arguments = [*script, "--run-dir", str(run_dir), *map(str, flags)]
+    print("$", " ".join(arguments), flush=True)
+    # imports come from the repository, never from the working directory
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    with subprocess.Popen([sys.executable, *arguments], env=environment) as process:
         try:
             process.wait()
         except KeyboardInterrupt:
@@ -78,7 +85,7 @@ def run(script: str, run_dir: Path, *flags: object) -> None:
             raise
     if process.returncode != 0:
         raise util.InputError(
-            f"{script} ended with {process.returncode}, see above: the same command goes on from there"
+            f"{command} ended with {process.returncode}, see above: the same command goes on from there"
         )
 
 
@@ -89,8 +96,8 @@ def fit(config: Config, normal_class: str, seed: int) -> Path:
     sizes = ("--image-size", config.image_size, "--ngf", config.ngf, "--ndf", config.ngf, "--epochs", config.epochs)
     common = ("--seed", seed, "--device", config.device)
     run("train_gan.py", run_dir, *data, *sizes, "--generator-steps", 1, *common)
-    run("train_rotnet.py", run_dir, *common)
-    run("fit_baselines.py", run_dir, "--seed", seed)
+    run("-m detectors.rotnet", run_dir, *common)
+    run("-m detectors.baselines", run_dir, "--seed", seed)
     run("fit_latent.py", run_dir, *common)
     run("evaluate.py", run_dir, "--device", config.device)
     return run_dir
@@ -100,7 +107,7 @@ def halves(run_dir: Path) -> tuple[dict[str, list[float]], int]:
     """ROC-AUC of each score of a run, [on the report half of its test split, on the other]; images in the first."""
     rows, is_anomaly = measure.test_rows(run_dir)
     label = np.array([int(row["label"]) for row in rows])
-    development = np.isin(np.arange(len(rows)), fit_latent.stratified_subset(label, len(rows) // 2, seed=0))
+    development = np.isin(np.arange(len(rows)), images.stratified_subset(label, len(rows) // 2, seed=0))
     about = {"split", "index", "source", "label", "class_name", "is_anomaly", "p_value", "flagged"}
     aucs = {
         name: [
@@ -123,7 +130,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 def write_table(path: Path, rows: list[dict[str, str]]) -> None:
     """All rows, whole or not at all."""
-    with runs.replacing(path) as partial, partial.open("w", newline="") as file:
+    with files.replacing(path) as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
@@ -180,7 +187,7 @@ def main(config: Config) -> None:
         "epochs": str(config.epochs),
     }
     for seed in config.seeds:
-        for name in datasets.open_dataset(config.dataset, "test").classes:
+        for name in images.open_dataset(config.dataset, "test").classes:
             profile = ours | {"normal_class": name, "seed": str(seed)}
             if any(all(row[key] == value for key, value in profile.items()) for row in rows):
                 print(f"{name}, seed {seed}: measured before")
@@ -195,7 +202,7 @@ def main(config: Config) -> None:
                 rows.append({**profile, "method": method, **figures, **where})
             write_table(path, rows)
     markdown = to_markdown([row for row in rows if all(row[key] == ours[key] for key in ours)])
-    with runs.replacing(path.with_suffix(".md")) as partial:
+    with files.replacing(path.with_suffix(".md")) as partial:
         partial.write_text(markdown, encoding="utf-8")
     print(markdown)
 

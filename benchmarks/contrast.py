@@ -9,16 +9,17 @@ prints the rank correlations. Nothing is chosen here.
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
+from matplotlib.figure import Figure
 
-import datasets
-import plots
-import runs
+import evaluate
 import util
+from anogan import images, plots, runs
 from benchmarks import measure
+
+LABELS = {score.name: score.label for score in evaluate.SCORES}
 
 
 @dataclass
@@ -36,15 +37,18 @@ def main(config: Config) -> None:
     gan = runs.load_gan(run_dir, torch.device("cpu"))
     rows, is_anomaly = measure.test_rows(run_dir)
     if "combined" not in rows[0]:
-        raise util.InputError(f"{run_dir}/scores.csv has no combined score: run train_rotnet.py, then evaluate.py")
-    images = datasets.open_split(gan.dataset, "test", gan.normal_class)
-    images = images.take(np.isin(images.index, [int(row["index"]) for row in rows]))
-    pixels, _ = datasets.load_images(images, gan.image_size, gan.image_channels)
-    x = datasets.to_model(pixels)
+        raise util.InputError(
+            f"{run_dir}/scores.csv has no combined score: run python -m detectors.rotnet, then evaluate.py"
+        )
+    test = runs.open_split(gan, "test")
+    test = test.take(np.isin(test.index, [int(row["index"]) for row in rows]))
+    pixels, _ = images.load_images(test, gan.image_size, gan.image_channels)
+    x = images.to_model(pixels)
     contrast = (x - x.mean((1, 2, 3), keepdim=True)).abs().sum((1, 2, 3)).numpy()
     rng = np.random.default_rng(config.seed)
     kinds = {"normal": (~is_anomaly, "tab:green"), "anomalous": (is_anomaly, "tab:red")}
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    panels = figure.subplots(1, 2)
     for axes, name in zip(panels, ("anomaly_score", "combined"), strict=True):
         score = np.array([float(row[name]) for row in rows])
         ranks = [values.argsort().argsort() for values in (contrast, score)]
@@ -53,12 +57,12 @@ def main(config: Config) -> None:
         for kind, (mask, colour) in kinds.items():
             shown = rng.permutation(np.flatnonzero(mask))[: config.each]
             axes.scatter(contrast[shown], score[shown], 6, color=colour, alpha=0.5, linewidths=0, label=kind)
-        axes.set(xlabel="contrast of x: Σ|x - mean of x|", ylabel=plots.LABELS[name])
+        axes.set(xlabel="contrast of x: Σ|x - mean of x|", ylabel=LABELS[name])
         axes.set_title(f"rank correlation {correlation:.2f}")
         axes.legend()
         axes.grid(alpha=0.3)
     figure.suptitle(f"{run_dir.name}: test images, {gan.normal_class} is normal")
-    plots.save(figure, Path(__file__).parents[1] / "docs/contrast.png")
+    plots.save(figure, measure.DOCS / "contrast.png")
 
 
 if __name__ == "__main__":

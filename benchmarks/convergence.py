@@ -2,31 +2,26 @@
 
     python -m benchmarks.convergence --run-dir outputs/cifar10-automobile
 
-The run folder must hold encoder.pt, for the start at E(x), see train_encoder.py.
-It searches validation normals only, so nothing here sees a label of the test split. Prints one table and writes it to
+The run folder must hold encoder.pt, for the start at E(x), see detectors/f_anogan.py. It searches validation normals
+only, so nothing here sees a label of the test split. Prints one table and writes it to
 benchmarks/results/convergence.json, with the curves in docs/convergence.png.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import matplotlib
 import torch
 import tyro
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
-import datasets
 import fit_latent
-import runs
-import search
 import util
+from anogan import files, plots, runs
 from benchmarks import measure
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from detectors import f_anogan
 
 OURS = fit_latent.Config()
-BATCH_SIZE = 64
 
 
 @dataclass
@@ -49,37 +44,32 @@ def main(config: Config) -> None:
     precision = util.pick_precision("auto", device)
     run_dir = runs.find_run(config.run_dir)
     gan = runs.load_gan(run_dir, device)
-    validation = datasets.open_split(gan.dataset, "validation", gan.normal_class).take(slice(config.images))
-    images, _ = datasets.load_images(validation, gan.image_size, gan.image_channels)
-    x = datasets.to_model(images, device).contiguous(memory_format=torch.channels_last)
-    candidates = search.draw_candidates(gan.generator, gan.latent_dim, OURS.candidates, config.seed)
+    x = measure.validation_images(gan, config.images)
+    candidates = fit_latent.draw_candidates(gan.generator, gan.latent_dim, OURS.candidates, config.seed)
     starts = {
         "random": candidates.z[: len(x)],
-        f"nearest of {OURS.candidates}": search.nearest_candidates(x, candidates),
-        "E(x)": runs.load_encoder(run_dir, gan, device).encoder(x),
+        f"nearest of {OURS.candidates}": fit_latent.nearest(x, candidates),
+        "E(x)": f_anogan.load(gan).network(x),
     }
 
     table: dict[str, dict[str, dict[str, float]]] = {name: {} for name in starts}
     for name, lr, steps in tqdm([(name, lr, steps) for name in starts for lr in config.lr for steps in config.steps]):
-        losses = []
-        for batch, z in zip(x.split(BATCH_SIZE), starts[name].split(BATCH_SIZE), strict=True):
-            _, *found = search.search_latents(
-                gan.generator, gan.discriminator, batch, z, steps, lr, OURS.discrimination_weight, precision
-            )
-            losses.append(util.anomaly_score(*found, OURS.discrimination_weight))
+        settings = replace(OURS, steps=steps, lr=lr, precision=precision)
+        batches = zip(x.split(measure.BATCH_SIZE), starts[name].split(measure.BATCH_SIZE), strict=True)
+        losses = [measure.search_loss(gan, batch, z, settings) for batch, z in batches]
         table[name].setdefault(f"{lr:g}", {})[str(steps)] = torch.cat(losses).mean().item()
 
-    print(f"mean loss over {len(images)} validation images of {run_dir}, {device}, {precision}")
+    print(f"mean loss over {len(x)} validation images of {run_dir}, {device}, {precision}")
     print(f"{'start':<18} {'lr':>6} " + "".join(f"{steps:>6} steps" for steps in config.steps))
     for name, rows in table.items():
         for lr, losses in rows.items():
             print(f"{name:<18} {lr:>6} " + "".join(f"{loss:>12.1f}" for loss in losses.values()))
     about = measure.about_gan(gan)
-    runs.write_json(
-        Path(__file__).parent / "results/convergence.json",
+    files.write_json(
+        measure.RESULTS / "convergence.json",
         {
             **about,
-            "images": len(images),
+            "images": len(x),
             "seed": config.seed,
             **measure.about(device),
             "precision": precision,
@@ -89,7 +79,8 @@ def main(config: Config) -> None:
 
     curves = {f"start: {name}": {f"lr {lr}": losses for lr, losses in rows.items()} for name, rows in table.items()}
     curves[f"lr {OURS.lr:g}"] = {name: rows[f"{OURS.lr:g}"] for name, rows in table.items()}
-    figure, grid = plt.subplots(2, 2, figsize=(11, 8), layout="constrained", sharey=True)
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    grid = figure.subplots(2, 2, sharey=True)
     for axes, (title, lines) in zip(grid.flat, curves.items(), strict=True):
         for label, losses in lines.items():
             axes.plot(config.steps, losses.values(), marker="o", label=label)
@@ -102,10 +93,9 @@ def main(config: Config) -> None:
     for axes in grid[:, 0]:
         axes.set_ylabel("mean loss of the search")
     figure.suptitle(
-        f"{about['dataset']}, {gan.normal_class}, {gan.image_size}x{gan.image_size}, {len(images)} validation images"
+        f"{about['dataset']}, {gan.normal_class}, {gan.image_size}x{gan.image_size}, {len(x)} validation images"
     )
-    with runs.replacing(Path(__file__).parents[1] / "docs/convergence.png") as partial:
-        figure.savefig(partial, dpi=100)
+    plots.save(figure, measure.DOCS / "convergence.png")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Prints one table and writes it to benchmarks/results/fidelity.json. The labels o
 difference in ROC-AUC; no setting is chosen by them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +15,12 @@ import tyro
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
-import datasets
 import fit_latent
-import runs
-import search
 import util
+from anogan import files, images, runs
 from benchmarks import measure
 
 OURS = fit_latent.Config()
-BATCH_SIZE = 64
 
 
 @dataclass
@@ -41,21 +38,17 @@ def main(config: Config) -> None:
     device = util.pick_device(config.device)
     run_dir = runs.find_run(config.run_dir)
     gan = runs.load_gan(run_dir, device)
-    test = datasets.open_split(gan.dataset, "test", gan.normal_class)
-    test = test.take(fit_latent.stratified_subset(test.label, config.images, config.seed))
-    images, _ = datasets.load_images(test, gan.image_size, gan.image_channels)
+    test = runs.open_split(gan, "test")
+    test = test.take(images.stratified_subset(test.label, config.images, config.seed))
+    pixels, _ = images.load_images(test, gan.image_size, gan.image_channels)
     is_anomaly = test.label != gan.classes.index(gan.normal_class)
-    candidates = search.draw_candidates(gan.generator, gan.latent_dim, OURS.candidates, config.seed)
+    candidates = fit_latent.draw_candidates(gan.generator, gan.latent_dim, OURS.candidates, config.seed)
 
     def scores(steps: int, precision: str) -> np.ndarray:
-        found = []
-        for batch in tqdm(images.split(BATCH_SIZE), f"{precision}, {steps} steps", leave=False):
-            x = datasets.to_model(batch, device).contiguous(memory_format=torch.channels_last)
-            z = search.nearest_candidates(x, candidates)
-            _, *losses = search.search_latents(
-                gan.generator, gan.discriminator, x, z, steps, OURS.lr, OURS.discrimination_weight, precision
-            )
-            found.append(util.anomaly_score(*losses, OURS.discrimination_weight).cpu())
+        found, settings = [], replace(OURS, steps=steps, precision=precision)
+        for batch in tqdm(pixels.split(measure.BATCH_SIZE), f"{precision}, {steps} steps", leave=False):
+            x = images.to_model(batch, device).contiguous(memory_format=torch.channels_last)
+            found.append(measure.search_loss(gan, x, fit_latent.nearest(x, candidates), settings).cpu())
         return torch.cat(found).numpy()
 
     full = scores(config.full_steps, "fp32")
@@ -83,8 +76,8 @@ def main(config: Config) -> None:
             f"{name:<20} {score.mean():>10.1f} {table[name]['median_relative_change']:>14.1%} "
             f"{auc:>8.4f} {auc - full_auc:>+11.4f}"
         )
-    runs.write_json(
-        Path(__file__).parent / "results/fidelity.json",
+    files.write_json(
+        measure.RESULTS / "fidelity.json",
         {
             **measure.about_gan(gan),
             "images": len(test),

@@ -8,13 +8,12 @@ keeps NCHW and fp32, and does 401 steps of 2e-4 from a random z. Prints two tabl
 benchmarks/results/latent_search.json. Validation normals are searched; memory is measured on training images.
 """
 
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,11 +22,9 @@ import tyro
 from torch.optim import Adam
 from tqdm import tqdm
 
-import datasets
 import fit_latent
-import runs
-import search
 import util
+from anogan import files, runs
 from benchmarks import measure
 from network import Discriminator, Generator
 
@@ -89,7 +86,7 @@ def fit_memory_mib(run_dir: Path, count: int, config: Config) -> int:
         flags += ["--batch-size", str(config.images), "--device", config.device, "--run-dir", folder]
         script = Path(fit_latent.__file__)
         subprocess.run([sys.executable, script, *flags], check=True, capture_output=True)
-        record = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))["fit_latent"]
+        record = runs.read_record(Path(folder))["fit_latent"]
     return record["peak_gpu_memory_mib"] or record["peak_memory_mib"]
 
 
@@ -99,30 +96,25 @@ def main(config: Config) -> None:
     run_dir = runs.find_run(config.run_dir)
     gan = runs.load_gan(run_dir, device)
     usual_gan = usual_networks(run_dir, device)
-    validation = datasets.open_split(gan.dataset, "validation", gan.normal_class).take(slice(config.images))
-    images, _ = datasets.load_images(validation, gan.image_size, gan.image_channels)
-    x_nchw = datasets.to_model(images, device)
-    x = x_nchw.contiguous(memory_format=torch.channels_last)
+    x = measure.validation_images(gan, config.images)
+    x_nchw = x.contiguous()
     about = {
         **measure.about_gan(gan),
-        "images": len(images),
+        "images": len(x),
         "usual_images": config.usual_images,
         **measure.about(device),
     }
     print(", ".join(f"{name} {value}" for name, value in about.items()))
-    draw = partial(search.draw_candidates, gan.generator, gan.latent_dim, OURS.candidates, seed=0)
+    draw = partial(fit_latent.draw_candidates, gan.generator, gan.latent_dim, OURS.candidates, seed=0)
     candidates_seconds, candidates = measure.timed(draw, device)
 
     def our_steps(z: torch.Tensor, steps: int, precision: str) -> torch.Tensor:
         """Our steps from z (count, latent_dim) for the first `count` images: their losses (count,)."""
-        _, *found = search.search_latents(
-            gan.generator, gan.discriminator, x[: len(z)], z, steps, OURS.lr, OURS.discrimination_weight, precision
-        )
-        return util.anomaly_score(*found, OURS.discrimination_weight)
+        return measure.search_loss(gan, x[: len(z)], z, replace(OURS, steps=steps, precision=precision))
 
     def our_search(count: int, steps: int, precision: str) -> torch.Tensor:
         """The whole of our search for the first `count` images, start included: their losses (count,)."""
-        return our_steps(search.nearest_candidates(x[:count], candidates), steps, precision)
+        return our_steps(fit_latent.nearest(x[:count], candidates), steps, precision)
 
     # Single steps, the usual loop and ours in turn
     few = 25
@@ -196,8 +188,8 @@ def main(config: Config) -> None:
         f"{close[0] if close else 'none of these'} steps\n"
         f"memory of fit_latent.py: {', '.join(f'{mib} MiB for {count} images' for count, mib in memory.items())}"
     )
-    runs.write_json(
-        Path(__file__).parent / "results/latent_search.json",
+    files.write_json(
+        measure.RESULTS / "latent_search.json",
         {
             **about,
             "per_step_ratio": table["ours, fp32"]["ratio"],

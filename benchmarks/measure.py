@@ -1,4 +1,4 @@
-"""What the speed benchmarks share: seconds, FLOP, and the machine's peak, measured in the run itself."""
+"""What the benchmarks share: seconds, FLOP, the machine's peak, the end of a search, and what a run folder says."""
 
 import csv
 import os
@@ -15,8 +15,13 @@ from torch.nn.functional import conv2d
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import runs
+import fit_latent
+import util
+from anogan import images, runs
 
+ROOT = Path(__file__).parents[1]
+RESULTS, DOCS = ROOT / "benchmarks/results", ROOT / "docs"  # where the benchmarks write
+BATCH_SIZE = 64  # images that are searched at once
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -104,6 +109,19 @@ def peak_flop_rate(precision: str, device: torch.device) -> float:
         return max(flop / min(timed(work, device)[0] for _ in range(4)) for work, flop in pieces)
 
 
+def validation_images(gan: runs.TrainedGAN, count: int) -> torch.Tensor:
+    """The first `count` validation normals (N, C, H, W) in [-1, 1], in channels_last on the GAN's device."""
+    validation = runs.open_split(gan, "validation").take(slice(count))
+    pixels, _ = images.load_images(validation, gan.image_size, gan.image_channels)
+    return images.to_model(pixels, gan.device).contiguous(memory_format=torch.channels_last)
+
+
+def search_loss(gan: runs.TrainedGAN, x: torch.Tensor, z: torch.Tensor, config: fit_latent.Config) -> torch.Tensor:
+    """The loss (N,) that our search for images x (N, C, H, W) ends at, from z (N, latent_dim)."""
+    _, *found = fit_latent.search((gan.generator, gan.discriminator), x, z, config)
+    return util.anomaly_score(*found, config.discrimination_weight)
+
+
 def test_rows(run_dir: Path) -> tuple[list[dict[str, str]], np.ndarray]:
     """The rows of the test split in a run's scores.csv, and which of them are anomalies (N,)."""
     with (run_dir / "scores.csv").open(newline="", encoding="utf-8") as file:
@@ -112,7 +130,7 @@ def test_rows(run_dir: Path) -> tuple[list[dict[str, str]], np.ndarray]:
 
 
 def about(device: torch.device) -> dict[str, str | None]:
-    """What a figure depends on beside the work itself: hardware, PyTorch and the commit."""
+    """What a figure depends on, apart from the work itself: hardware, PyTorch and the commit."""
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
@@ -130,7 +148,7 @@ def about_gan(gan: runs.TrainedGAN) -> dict[str, Any]:
         "dataset": Path(gan.dataset).name,  # where a folder stood says nothing about the figures
         "normal_class": gan.normal_class,
         "image_size": gan.image_size,
-        "ngf": gan.generator.layers[-2].in_channels,
+        "ngf": gan.ngf,
         "epochs": gan.epoch,
         "gan": gan.fingerprint[:12],
     }

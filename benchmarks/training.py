@@ -9,29 +9,25 @@ the same first weights. Prints one table, writes benchmarks/results/<name>.json 
 docs/<name>_curves.png.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import tyro
+from matplotlib.figure import Figure
 from torch.optim import Adam
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor
 
-import datasets
-import runs
 import train_gan
-import training
 import util
+from anogan import files, images, loop, plots
 from benchmarks import measure
 from network import Discriminator, Generator, initialise_weights
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 BETAS = (0.5, 0.999)
 
@@ -53,7 +49,7 @@ class Config:
 class Pictures(Dataset):
     """The pictures of a split, decoded and transformed one by one."""
 
-    def __init__(self, image_set: datasets.ImageSet, image_size: int) -> None:
+    def __init__(self, image_set: images.ImageSet, image_size: int) -> None:
         self.image_set = image_set
         self.transform = Compose(
             [Resize(image_size), CenterCrop(image_size), ToTensor(), Normalize([0.5] * 3, [0.5] * 3)]
@@ -74,8 +70,8 @@ def networks(config: Config, device: torch.device) -> tuple[Generator, Discrimin
     return generator.to(device), discriminator.to(device)
 
 
-def usual_training(image_set: datasets.ImageSet, config: Config, device: torch.device) -> Iterator[list[float]]:
-    """The usual loop: yields D's and G's loss after each step."""
+def usual_steps(image_set: images.ImageSet, config: Config, device: torch.device) -> Iterator[list[float]]:
+    """The usual loop, without end: yields D's and G's loss after each step."""
     generator, discriminator = networks(config, device)
     optimizer_g = Adam(generator.parameters(), lr=2e-4, betas=BETAS, weight_decay=1e-5)
     optimizer_d = Adam(discriminator.parameters(), lr=2e-4, betas=BETAS, weight_decay=1e-5)
@@ -97,28 +93,44 @@ def usual_training(image_set: datasets.ImageSet, config: Config, device: torch.d
         yield [loss_d.item(), loss_g.item()]
 
 
-def our_training(images: torch.Tensor, precision: str, config: Config, device: torch.device) -> Iterator[torch.Tensor]:
-    """The loop of train_gan.py: yields D's loss, G's loss, P(real) and P(fake) after each step, on the device."""
+class Turns:
+    """What train_gan.train sees of a loop: in each turn the next `steps` of endless batches (B, C, H, W)."""
+
+    def __init__(self, batches: Iterator[torch.Tensor], steps: int, autocast: torch.autocast) -> None:
+        self.batches, self.steps, self.autocast = batches, steps, autocast
+        self.losses: list[torch.Tensor] = []  # D's and G's (2,) of every step so far, on the device
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        yield from islice(self.batches, self.steps)
+
+    def log(self, loss_d: torch.Tensor, loss_g: torch.Tensor, **_: torch.Tensor) -> None:
+        self.losses.append(torch.stack([loss_d.detach(), loss_g.detach()]))
+
+
+def our_training(
+    pixels: torch.Tensor, precision: str, config: Config, device: torch.device
+) -> tuple[Callable[[], None], list[torch.Tensor]]:
+    """A turn of the loop of train_gan.py, and the losses that it adds to."""
     ours = train_gan.Config(batch_size=config.batch_size)
     generator, discriminator = networks(config, device)
-    optimizer_g, _ = training.prepare(generator, ours, device)
-    optimizer_d, _ = training.prepare(discriminator, ours, device)
+    optimizers = loop.prepare(generator, ours, device), loop.prepare(discriminator, ours, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    for real in training.real_batches(images, config.batch_size, config.seed):
-        yield train_gan.train_step(generator, discriminator, optimizer_g, optimizer_d, real, ours, autocast)
+    turns = Turns(loop.real_batches(pixels, config.batch_size, config.seed), config.steps, autocast)
+    settings = (generator, discriminator, optimizers, ours.latent_dim, ours.generator_steps)
+    return partial(train_gan.train, turns, *settings), turns.losses
 
 
 def main(config: Config) -> None:
     """Let the loops take turns; print, write the JSON file, draw the curves."""
     device = util.pick_device(config.device)
-    image_set = datasets.open_split(config.dataset, "train", config.normal_class)
-    images = datasets.load_images(image_set, config.image_size, 3)[0].to(device)
-    if len(images) < config.batch_size:
-        raise util.InputError(f"{len(images)} training images are less than a batch: lower --batch-size")
+    image_set = images.open_split(config.dataset, "train", config.normal_class)
+    pixels = images.load_images(image_set, config.image_size, 3)[0].to(device)
+    if len(pixels) < config.batch_size:
+        raise util.InputError(f"{len(pixels)} training images are less than a batch: lower --batch-size")
     about = {
         "dataset": config.dataset,
         "normal_class": image_set.classes[image_set.label[0]],
-        "training_images": len(images),
+        "training_images": len(pixels),
         "image_size": config.image_size,
         "ngf": config.ngf,
         "batch_size": config.batch_size,
@@ -127,40 +139,32 @@ def main(config: Config) -> None:
     }
     print(", ".join(f"{name} {value}" for name, value in about.items()))
 
-    loops: dict[str, Iterator] = {"usual loop": usual_training(image_set, config, device)}
-    precisions = {"usual loop": "fp32"}
+    usual, usual_losses = usual_steps(image_set, config, device), []
+    image_steps = config.steps * config.batch_size
+    turns = {"usual loop": (lambda: usual_losses.extend(islice(usual, config.steps)), image_steps, "fp32")}
+    losses: dict[str, list] = {"usual loop": usual_losses}
     for precision in dict.fromkeys(("fp32", util.pick_precision("auto", device))):  # bf16 too where it is faster
-        loops[f"ours, {precision}"] = our_training(images, precision, config, device)
-        precisions[f"ours, {precision}"] = precision
-    losses: dict[str, list] = {name: [] for name in loops}
-    turns = {
-        name: (
-            lambda name=name: losses[name].extend(islice(loops[name], config.steps)),
-            config.steps * config.batch_size,
-            precisions[name],
-        )
-        for name in loops
-    }
+        turn, losses[f"ours, {precision}"] = our_training(pixels, precision, config, device)
+        turns[f"ours, {precision}"] = (turn, image_steps, precision)
     table = measure.take_turns(turns, config.repeats, device)
     for row in table.values():
         row["images_per_second"] = 1e3 / row["ms_per_image_step"]["median"]
     measure.print_turns(table)
 
-    curves = {name: np.array([[float(value) for value in step[:2]] for step in rows]) for name, rows in losses.items()}
+    curves = {name: np.array([[float(value) for value in step] for step in rows]) for name, rows in losses.items()}
     for name, curve in curves.items():
         last = curve[len(curve) // 2 :].mean(0)
         table[name]["mean_loss_of_the_second_half"] = {"d": last[0], "g": last[1]}
         print(f"{name:<14} mean loss of the second half of {len(curve)} steps: D {last[0]:.3f}, G {last[1]:.3f}")
-    results = Path(__file__).parent / "results"
     ours = list(table.values())[-1]
-    runs.write_json(results / f"{config.name}.json", {**about, "images_ratio": ours["ratio"], "loops": table})
-    draw_curves(Path(__file__).parents[1] / "docs" / f"{config.name}_curves.png", curves, config)
+    files.write_json(measure.RESULTS / f"{config.name}.json", {**about, "images_ratio": ours["ratio"], "loops": table})
+    draw_curves(measure.DOCS / f"{config.name}_curves.png", curves, config)
 
 
 def draw_curves(path: Path, curves: dict[str, np.ndarray], config: Config) -> None:
     """D's and G's loss against steps, a line a loop, averaged over 1/50 of the steps."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for column, (axes, network) in enumerate(zip(panels, "DG", strict=True)):
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for column, (axes, network) in enumerate(zip(figure.subplots(1, 2), "DG", strict=True)):
         for name, curve in curves.items():
             window = max(1, len(curve) // 50)
             means = curve[: len(curve) // window * window, column].reshape(-1, window).mean(1)
@@ -171,8 +175,7 @@ def draw_curves(path: Path, curves: dict[str, np.ndarray], config: Config) -> No
     figure.suptitle(
         f"{config.dataset}, {config.normal_class}, {config.image_size}x{config.image_size}, ngf {config.ngf}"
     )
-    with runs.replacing(path) as partial:
-        figure.savefig(partial, dpi=100)
+    plots.save(figure, path)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 Draws train/good, test/good, test/scratch, test/blot, test/missing and, in MVTec AD's layout, masks of the defects
 in ground_truth/. new/ holds pictures of both kinds without labels. The same seed draws the same pictures. Next:
-docs/your-own-images.md
+docs/own-pictures.md
 """
 
 import shlex
@@ -77,7 +77,7 @@ def draw(rng: np.random.Generator, defect: str | None, grey: bool) -> tuple[np.n
 
 
 def main(config: Config) -> None:
-    """Draw the whole set beside the place where it will stand, then put it there."""
+    """Draw the whole set next to the place where it will stand, then put it there."""
     util.check_at_least(config, 1, "train", "test")
     util.check_seed(config.seed)
     folder = config.folder or Path("data/washers-grey" if config.grey else "data/washers")

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,28 +24,42 @@ from network import Discriminator, Generator
 ROOT = Path(__file__).parent.parent
 TINY = ["--image-size", "32", "--ngf", "4", "--ndf", "4", "--latent-dim", "8", "--batch-size", "16", "--device", "cpu"]
 
-os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}  # the same on every machine: no GPU, two threads
+# The same on every machine: no GPU, and one thread, since pytest-xdist runs a worker on each core
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # where the server below imports from
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 # Scripts start as children of a server that has imported what they import: a process of its own each, which can be
 # killed and limited like any other, without the seconds that importing torch takes
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["conftest", "plots", "datasets", "sklearn.datasets", "sklearn.model_selection", "tyro"])
+SERVER.set_forkserver_preload(["conftest", "evaluate", "sklearn.datasets", "sklearn.model_selection"])
 
 
 def shell_command(script: str, *arguments: str, processes: int = 1) -> list[str]:
-    """What a person types: python script ..., or torchrun ... script ... for several processes."""
-    threads = 2 // processes  # or four threads on two cores get in each other's way
+    """What a person types: python script ..., or torchrun ... script ... for several processes.
+
+    A script is a file of the repository, or a module such as detectors.rotnet, which python -m runs.
+    """
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    launcher = ["env", f"OMP_NUM_THREADS={threads}", sys.executable, *(torchrun if processes > 1 else [])]
-    return [*launcher, str(ROOT / script), *arguments]
+    target = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+    return [sys.executable, *(torchrun if processes > 1 else []), *target, *arguments]
+
+
+def run_main(script: str, *arguments: str) -> None:
+    """Run a script or a module from its first line to its last inside this process."""
+    sys.argv = [script, *arguments]
+    if script.endswith(".py"):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the module may have been imported here before
+        runpy.run_module(script, run_name="__main__")
 
 
 def run_process(cwd: Path, script: str, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess:
     """Run a script as a shell does, or several processes of it under torchrun, with `cwd` as the working directory."""
     command = shell_command(script, *arguments, processes=processes)
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
 @dataclass(frozen=True)
@@ -62,7 +77,7 @@ class Started:
 
     def end(self) -> tuple[int, str]:
         """Wait for the end: exit code (-9 if it was killed, ...) and what was printed."""
-        self.process.join(timeout=120)
+        self.process.join()  # however slow the machine is
         return self.process.exitcode, self.output.read_text()
 
 
@@ -84,8 +99,21 @@ def _be_script(cwd: Path, output: str, command: list[str], largest_file: int | N
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would be started deaf to it
     multiprocessing.set_start_method(None, force=True)  # the platform's own again, not that of the server
-    sys.argv = command
-    runpy.run_path(str(ROOT / command[0]), run_name="__main__")
+    run_main(*command)
+
+
+class Batches:
+    """What the body of a training sees of a Loop: its batches, autocast switched off, and what it logs, in `rows`."""
+
+    def __init__(self, batches: Iterable[torch.Tensor]) -> None:
+        self.batches, self.rows = batches, []
+        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=False)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        yield from self.batches
+
+    def log(self, **values: torch.Tensor) -> None:
+        self.rows.append({name: value.item() for name, value in values.items()})
 
 
 @pytest.fixture
@@ -94,8 +122,8 @@ def run_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., N
 
     def run(script: str, *arguments: str) -> None:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [script, *arguments])
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+        monkeypatch.setattr(sys, "argv", sys.argv)  # to be restored
+        run_main(script, *arguments)
 
     return run
 
@@ -125,10 +153,10 @@ def digits_workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train_gan.py --dataset digits --normal-class 0 --epochs 3 --checkpoint-every 10 " + " ".join(TINY),
         "fit_latent.py --splits validation test train_anomalies --max-images 60 --steps 20 --shard-size 40",
         "fit_latent.py --splits validation test train_anomalies --max-images 60 --steps 20 --discrimination reference",
-        "train_encoder.py --kappa 0.5",
-        "train_acae.py",
-        "train_rotnet.py --epochs 6",
-        "fit_baselines.py --splits validation test train_anomalies",
+        "detectors.f_anogan --kappa 0.5",
+        "detectors.acae",
+        "detectors.rotnet --epochs 6",
+        "detectors.baselines --splits validation test train_anomalies",
         "evaluate.py --bootstrap 50 --score anomaly_score",
     ):
         code, printed = start(workdir, *command.split()).end()

@@ -45,7 +45,6 @@ def test_no_network_and_no_archive(tmp_path: Path, fails: Fails, monkeypatch: py
         (["--checkpoint-every", "0"], "minutes such as 10m, or steps such as 500"),
         (["--checkpoint-every", "0m"], "minutes such as 10m, or steps such as 500"),
         (["--checkpoint-every", "ten"], "minutes such as 10m, or steps such as 500"),
-        (["--sync-batchnorm"], "works on GPUs only"),
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--batch-size", "-3"], "--batch-size must be at least 1"),
         (["--generator-steps", "0"], "--generator-steps must be at least 1"),
@@ -112,8 +111,10 @@ def test_no_training_image_can_be_read(tmp_path: Path, fails: Fails) -> None:
 def test_scripts_out_of_order(digits_workdir: Path, trained: Path, tmp_path: Path, fails: Fails) -> None:
     for split in ("validation", "test", "train_anomalies"):
         (trained / f"latents-{split}.npz").unlink()
-    message = fails("evaluate.py")
+    message = fails("evaluate.py", "--score", "anomaly_score")
     assert "latents-validation.npz is missing" in message and "run fit_latent.py" in message
+    (trained / "rotnet.pt").unlink()  # then A(x) is what a verdict rests on
+    assert "latents-validation.npz is missing" in fails("evaluate.py")
     shutil.rmtree(tmp_path / "outputs")
     for script in ("fit_latent.py", "evaluate.py"):
         assert "run train_gan.py first" in fails(script)
@@ -239,19 +240,24 @@ def test_images_changed_since_the_search(tmp_path: Path, fails: Fails, run_here:
     assert "has other classes than" in fails("fit_latent.py", "--steps", "1", "--device", "cpu")
 
 
-def test_no_image_to_search_can_be_read(
-    tmp_path: Path, fails: Fails, run_here: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_to_search_that_cannot_be_read(tmp_path: Path, fails: Fails, run_here: Callable[..., None]) -> None:
     root = folder(tmp_path / "set", {"train/good": 10, "test/good": 2})
     run_here(*TRAIN, "--dataset", "set", "--normal-class", "good")
     arguments = ["fit_latent.py", "--splits", "test", "--steps", "1", "--batch-size", "1", "--device", "cpu"]
-    # a damaged last image is found before the first step, not after a long search
-    (root / "test/good/01.png").write_bytes(b"")
-    monkeypatch.setattr(torch.Tensor, "backward", None)
-    assert "cannot read the image test/good/01.png" in fails(*arguments)
-    (root / "test/good/00.png").write_bytes(b"")
+    contents = {path: path.read_bytes() for path in (root / "test/good").iterdir()}
+    for path in contents:
+        path.write_bytes(b"")
     assert "none of the 2 images of the split test" in fails(*arguments, "--skip-unreadable")
     assert not (tmp_path / "outputs/set-good/latents-test.npz").exists()
+    # a damaged image costs its own shard, and the search goes on once it is mended
+    first, last = sorted(contents)
+    first.write_bytes(contents[first])
+    assert "cannot read the image test/good/01.png" in fails(*arguments, "--shard-size", "1")
+    shards = tmp_path / "outputs/set-good/latents-test"
+    assert [path.name for path in shards.iterdir()] == ["000000.npz"]
+    last.write_bytes(contents[last])
+    run_here(*arguments, "--shard-size", "1")
+    assert not shards.exists() and len(np.load(tmp_path / "outputs/set-good/latents-test.npz")["z"]) == 2
 
 
 def test_test_split_of_one_kind(tmp_path: Path, fails: Fails, run_here: Callable[..., None]) -> None:

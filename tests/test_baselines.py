@@ -10,13 +10,12 @@ import pytest
 from scipy.special import logsumexp
 from sklearn.metrics import roc_auc_score
 
-import runs
-from fit_baselines import Config, choose_bandwidth, fit_baseline
+from detectors.baselines import LABELS, Config, choose_bandwidth, fit_baseline
 
 NORMAL = np.random.default_rng(0).normal(size=(300, 3)) * [3, 2, 1]
 
 
-@pytest.mark.parametrize("name", runs.BASELINES)
+@pytest.mark.parametrize("name", LABELS)
 def test_what_is_far_away_scores_lower(name: str) -> None:
     """`score_samples` is high where normal; the script writes its negative."""
     model = fit_baseline(name, NORMAL, Config())
@@ -56,8 +55,8 @@ def test_bandwidth_is_likeliest_on_fresh_images() -> None:
 
 def test_scores_are_those_of_the_images_that_were_searched(digits_workdir: Path) -> None:
     run_dir = digits_workdir / "outputs/digits-0"
-    record = json.loads((run_dir / "run.json").read_text())["fit_baselines"]
-    assert set(record["seconds_by_baseline"]) == set(runs.BASELINES) and record["principal_components"] > 1
+    record = json.loads((run_dir / "run.json").read_text())["baselines"]
+    assert record["bandwidth"] > 0 and record["principal_components"] > 1
     with np.load(run_dir / "baselines-test.npz") as file, np.load(run_dir / "latents-test.npz") as latents:
         assert len(file["index"]) == 450 and len(latents["index"]) == 60
         place = np.searchsorted(file["index"], latents["index"])
@@ -80,7 +79,7 @@ def test_scores_are_those_of_the_images_that_were_searched(digits_workdir: Path)
     ],
 )
 def test_wrong_flags(digits_workdir: Path, fails: Callable[..., str], flags: list[str], words: str) -> None:
-    assert words in fails("fit_baselines.py", "--run-dir", str(digits_workdir / "outputs/digits-0"), *flags)
+    assert words in fails("detectors.baselines", "--run-dir", str(digits_workdir / "outputs/digits-0"), *flags)
 
 
 def test_spoilt_and_missing_files(digits_workdir: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
@@ -89,11 +88,11 @@ def test_spoilt_and_missing_files(digits_workdir: Path, tmp_path: Path, fails: C
     content = path.read_bytes()
     path.write_bytes(content[:100])
     message = fails("evaluate.py")
-    assert "baselines-test.npz is damaged" in message and "run fit_baselines.py" in message
+    assert "baselines-test.npz is damaged" in message and "run python -m detectors.baselines" in message
     shutil.copy(run_dir / "baselines-validation.npz", path)
     assert "holds the split 'validation', not 'test'" in fails("evaluate.py")
     with np.load(digits_workdir / "outputs/digits-0/baselines-test.npz") as file:
         np.savez(path, **{name: array[:400] if array.ndim else array for name, array in file.items()})
-    assert "of the images that were searched" in fails("evaluate.py")
+    assert "of the images that are scored" in fails("evaluate.py")
     path.unlink()
-    assert "not every split has baselines" in fails("evaluate.py")
+    assert "baselines-test.npz is missing: run python -m detectors.baselines" in fails("evaluate.py")

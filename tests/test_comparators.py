@@ -10,40 +10,37 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import read_scores, run_process
+from conftest import Batches, read_scores, run_process
 from test_long_runs import assert_same
 from torch import nn
 
-import datasets
-import plots
-import runs
-import train_acae
-import train_encoder
-import training
+import evaluate
 import util
+from anogan import latents, loop, runs
+from anogan.images import load_images, open_split, to_model
 from benchmarks import comparators
+from detectors import acae, baselines, f_anogan
 from network import Discriminator, Encoder, Generator, initialise_weights
 
 CPU = torch.device("cpu")
-FP32 = torch.autocast("cpu", torch.bfloat16, enabled=False)
 
 
 def test_izi_f_by_hand() -> None:
     x = torch.tensor([[[[0.0, 1.0]]], [[[0.5, 0.5]]]])  # two images of two pixels
     generated = torch.tensor([[[[1.0, -1.0]]], [[[0.5, 0.0]]]])
     discriminator = SimpleNamespace(features=lambda images: 2 * images.sum((1, 2, 3), keepdim=True))  # one feature
-    residual, discrimination = util.izi_f_loss(lambda images: 10 * images, lambda z: generated, discriminator, x)
+    residual, discrimination = f_anogan.izi_f_loss(lambda images: 10 * images, lambda z: generated, discriminator, x)
     assert residual.tolist() == [(1 + 4) / 2, 0.25 / 2]  # means over pixels, squares not roots
     assert discrimination.tolist() == [(2 * 1 - 0) ** 2, (2 * 1 - 2 * 0.5) ** 2]
     seen = []
-    util.izi_f_loss(lambda images: 10 * images, lambda z: seen.append(z) or generated, discriminator, x)
+    f_anogan.izi_f_loss(lambda images: 10 * images, lambda z: seen.append(z) or generated, discriminator, x)
     assert torch.equal(seen[0], 10 * x)  # G draws from E(x)
 
 
 def test_autoencoder_loss_by_hand() -> None:
     x, reconstructed = torch.zeros(2, 1, 1, 2), torch.tensor([[[[0.5, -0.5]]], [[[1.0, 0.0]]]])
     logits = torch.tensor([0.0, np.log(3)])  # D(x̂) of 1/2 and 3/4
-    loss, adversarial, l1 = train_acae.autoencoder_loss(x, reconstructed, logits, l1_weight=100)
+    loss, adversarial, l1 = acae.autoencoder_loss(x, reconstructed, logits, l1_weight=100)
     assert l1.item() == 0.5
     assert adversarial.item() == pytest.approx(-(np.log(1 / 2) + np.log(3 / 4)) / 2)
     assert loss.item() == pytest.approx(adversarial.item() + 50)
@@ -67,7 +64,7 @@ def small_gan() -> runs.TrainedGAN:
         "fingerprint": "",
     }
     sizes = {"image_size": 32, "image_channels": 1, "latent_dim": 4, "ngf": 8, "ndf": 8, "batch_size": 8, "epoch": 0.0}
-    return runs.TrainedGAN(generator, discriminator, **facts, **sizes)
+    return runs.TrainedGAN(Path(), generator, discriminator, **facts, **sizes)
 
 
 def test_encoder_overfits_eight_images_and_leaves_the_gan_alone() -> None:
@@ -76,13 +73,13 @@ def test_encoder_overfits_eight_images_and_leaves_the_gan_alone() -> None:
     before = copy.deepcopy([gan.generator.state_dict(), gan.discriminator.state_dict()])
     x = gan.generator(torch.randn(8, 4, generator=torch.Generator().manual_seed(1)))
     encoder = Encoder(32, 1, 4, 8).apply(initialise_weights)
-    optimizer, _ = training.prepare(encoder, train_encoder.Config(lr=2e-3), CPU)
-    history = [train_encoder.train_step(encoder, optimizer, gan, x, 1.0, FP32) for _ in range(150)]
+    batches = Batches([x] * 150)
+    f_anogan.train(batches, encoder, loop.prepare(encoder, f_anogan.Config(lr=2e-3), CPU), gan, kappa=1.0)
 
     runs.freeze(encoder, CPU)
     mean_image = (x - x.mean(0)).square().mean().item()
     assert (x - gan.generator(encoder(x))).square().mean().item() < 0.3 * mean_image
-    assert history[-1].sum() < 0.3 * history[0].sum()
+    assert sum(batches.rows[-1].values()) < 0.3 * sum(batches.rows[0].values())
     for network, state in zip((gan.generator, gan.discriminator), before, strict=True):
         assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
         assert all(parameter.grad is None for parameter in network.parameters())
@@ -95,24 +92,27 @@ def test_kappa_weighs_the_features() -> None:
     for kappa in (0.0, 1000.0):
         torch.manual_seed(0)
         encoder = Encoder(32, 1, 4, 8).apply(initialise_weights)
-        optimizer, _ = training.prepare(encoder, train_encoder.Config(lr=2e-3), CPU)
-        found[kappa] = [train_encoder.train_step(encoder, optimizer, gan, x, kappa, FP32) for _ in range(80)][-1]
-    assert found[0.0][0] < found[1000.0][0] and found[0.0][1] > found[1000.0][1]
+        batches = Batches([x] * 80)
+        f_anogan.train(batches, encoder, loop.prepare(encoder, f_anogan.Config(lr=2e-3), CPU), gan, kappa)
+        found[kappa] = batches.rows[-1]
+    assert found[0.0]["residual"] < found[1000.0]["residual"]
+    assert found[0.0]["features"] > found[1000.0]["features"]
 
 
 def test_acae_overfits_eight_images() -> None:
-    images = datasets.open_split("digits", "train", "3").take(slice(8))
-    x = datasets.to_model(datasets.load_images(images, 32, 1)[0])
+    images = open_split("digits", "train", "3").take(slice(8))
+    x = to_model(load_images(images, 32, 1)[0])
     torch.manual_seed(0)
     autoencoder = nn.Sequential(Encoder(32, 1, 8, 8), Generator(32, 1, 8, 8)).apply(initialise_weights)
     discriminator = Discriminator(32, 1, 8).apply(initialise_weights)
-    config = train_acae.Config(lr=1e-3)
-    optimizers = [training.prepare(network, config, CPU)[0] for network in (autoencoder, discriminator)]
-    history = [train_acae.train_step(autoencoder, discriminator, *optimizers, x, 100.0, FP32) for _ in range(600)]
-    for network in autoencoder:
-        runs.freeze(network, CPU)
+    config = acae.Config(lr=1e-3)
+    optimizers = [loop.prepare(network, config, CPU) for network in (autoencoder, discriminator)]
+    batches = Batches([x] * 600)
+    acae.train(batches, autoencoder, discriminator, optimizers, l1_weight=100.0)
+    runs.freeze(autoencoder, CPU)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in autoencoder.modules())
     assert (x - autoencoder(x)).abs().mean() < 0.5 * (x - x.mean(0)).abs().mean()
-    assert history[-1][0] < 0.5 * history[0][0]
+    assert batches.rows[-1]["l1"] < 0.5 * batches.rows[0]["l1"]
     assert all(parameter.requires_grad for parameter in discriminator.parameters())
 
 
@@ -124,10 +124,10 @@ def test_acae_and_its_judge_are_adversaries() -> None:
     x = torch.rand(8, 1, 32, 32) * 2 - 1
     for rates, grows in (((1e-3, 0.0), True), ((0.0, 1e-3), False)):
         networks = copy.deepcopy((autoencoder, discriminator))
-        optimizers = [
-            training.prepare(net, train_acae.Config(lr=lr), CPU)[0] for net, lr in zip(networks, rates, strict=True)
-        ]
-        losses = [train_acae.train_step(*networks, *optimizers, x, 0.0, FP32)[2] for _ in range(5)]
+        optimizers = [loop.prepare(net, acae.Config(lr=lr), CPU) for net, lr in zip(networks, rates, strict=True)]
+        batches = Batches([x] * 5)
+        acae.train(batches, *networks, optimizers, l1_weight=0.0)
+        losses = [row["adversarial"] for row in batches.rows]
         assert (losses[-1] < losses[0]) == grows  # the autoencoder's loss is -log D(x̂)
 
 
@@ -146,25 +146,26 @@ def test_scores_by_hand(digits_workdir: Path) -> None:
         network.load_state_dict(state[name])
         network.eval()
     rows = [row for row in read_scores(run_dir) if row["split"] == "test"]
-    test = datasets.open_split("digits", "test", "0")
+    test = open_split("digits", "test", "0")
     test = test.take(np.isin(test.source, [row["source"] for row in rows]))
-    x = datasets.to_model(datasets.load_images(test, 32, 1)[0])
+    x = to_model(load_images(test, 32, 1)[0])
     with torch.no_grad():
         generated = networks["generator"](networks["encoder"](x))
         f = networks["discriminator"].features
-        f_anogan = (x - generated).pow(2).mean((1, 2, 3)) + 0.5 * (f(x) - f(generated)).pow(2).mean((1, 2, 3))
-        acae = (x - networks["autoencoder"](x)).abs().sum((1, 2, 3))
-    np.testing.assert_allclose([float(row["f_anogan"]) for row in rows], f_anogan, rtol=1e-4)
-    np.testing.assert_allclose([float(row["acae"]) for row in rows], acae, rtol=1e-4)
-    seconds = json.loads((run_dir / "run.json").read_text())["evaluate"]["seconds_to_score_1000"]
-    assert {"p_d", "f_anogan", "acae", "rotation"} < set(seconds) and all(value > 0 for value in seconds.values())
+        of_encoder = (x - generated).pow(2).mean((1, 2, 3)) + 0.5 * (f(x) - f(generated)).pow(2).mean((1, 2, 3))
+        of_autoencoder = (x - networks["autoencoder"](x)).abs().sum((1, 2, 3))
+    np.testing.assert_allclose([float(row["f_anogan"]) for row in rows], of_encoder, rtol=1e-4)
+    np.testing.assert_allclose([float(row["acae"]) for row in rows], of_autoencoder, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["encoder", "acae", "rotnet"])
+@pytest.mark.parametrize(
+    ("script", "name"),
+    [("detectors.f_anogan", "encoder"), ("detectors.acae", "acae"), ("detectors.rotnet", "rotnet")],
+)
 def test_training_goes_on_as_if_it_had_not_stopped(
-    trained: Path, run_here: Callable[..., None], monkeypatch: pytest.MonkeyPatch, name: str
+    trained: Path, run_here: Callable[..., None], monkeypatch: pytest.MonkeyPatch, script: str, name: str
 ) -> None:
-    script, path = f"train_{name}.py", trained / f"{name}.pt"
+    path = trained / f"{name}.pt"
     gan = (trained / "gan.pt").read_bytes()
     run_here(script, "--epochs", "4", "--fresh", "--device", "cpu")
     whole = torch.load(path, weights_only=True)
@@ -185,7 +186,7 @@ def test_training_goes_on_as_if_it_had_not_stopped(
 
 def test_defaults_are_those_of_the_gan(digits_workdir: Path) -> None:
     record = json.loads((digits_workdir / "outputs/digits-0/run.json").read_text())
-    for script in ("train_encoder", "train_acae"):
+    for script in ("f_anogan", "acae"):
         assert record[script]["hyperparameters"]["epochs"] == record["train_gan"]["hyperparameters"]["epochs"] == 3
         assert record[script]["hyperparameters"]["batch_size"] == 16 and record[script]["steps"] == 18
 
@@ -193,21 +194,22 @@ def test_defaults_are_those_of_the_gan(digits_workdir: Path) -> None:
 def test_two_processes_average_their_gradients(trained: Path) -> None:
     """The encoder of two processes against two encoders in this one, whose gradients are averaged by hand."""
     arguments = ["--epochs", "1", "--batch-size", "8", "--fresh", "--device", "cpu", "--precision", "fp32"]
-    for script in ("train_encoder.py", "train_acae.py"):
+    for script in ("detectors.f_anogan", "detectors.acae"):
         done = run_process(trained.parent.parent, script, *arguments, processes=2)
         assert done.returncode == 0, done.stderr
 
     gan = runs.load_gan(trained, CPU)
-    images = training.images_of_gan(gan, False, 2)
-    batches = [training.real_batches(images, 8, 0, 0, rank, 2) for rank in range(2)]
+    pixels = runs.images_of_gan(gan, count=2)
+    batches = [loop.real_batches(pixels, 8, 0, 0, rank, 2) for rank in range(2)]
     torch.manual_seed(0)
     encoders = [Encoder(32, 1, 8, 4).apply(initialise_weights)]
     encoders.append(copy.deepcopy(encoders[0]))
-    prepared = [training.prepare(encoder, train_encoder.Config(), CPU) for encoder in encoders]
+    optimizers = [loop.prepare(encoder, f_anogan.Config(), CPU) for encoder in encoders]
+    prepared = [(each, loop.CosineAnnealingWarmRestarts(each, T_0=15, T_mult=2)) for each in optimizers]
     for step in range(6):
         for encoder, batch in zip(encoders, batches, strict=True):
             x = next(batch)
-            residual, discrimination = util.izi_f_loss(encoder, gan.generator, gan.discriminator, x)
+            residual, discrimination = f_anogan.izi_f_loss(encoder, gan.generator, gan.discriminator, x)
             encoder.zero_grad()
             (residual + discrimination).mean().backward()
         for first, second in zip(encoders[0].parameters(), encoders[1].parameters(), strict=True):
@@ -221,27 +223,28 @@ def test_two_processes_average_their_gradients(trained: Path) -> None:
         moved = (encoders[0].get_parameter(name) - first).detach().abs().mean()
         # in the mean, since Adam magnifies the rounding of gradients near 0
         assert (found[name] - encoders[0].get_parameter(name)).abs().mean() < 0.01 * moved
-    acae = torch.load(trained / "acae.pt", weights_only=True)
-    assert acae["config"]["processes"] == 2 and acae["step"] == 6
+    of_acae = torch.load(trained / "acae.pt", weights_only=True)
+    assert of_acae["config"]["processes"] == 2 and of_acae["step"] == 6
 
 
 def test_search_from_the_encoder(trained: Path, run_here: Callable[..., None], fails: Callable[..., str]) -> None:
     """It starts at E(x), and ends at most 2% above the search from the nearest candidate, in the mean."""
     gan = runs.load_gan(trained, CPU)
-    run_here("train_encoder.py", "--epochs", "40", "--fresh", "--device", "cpu")
+    run_here("detectors.f_anogan", "--epochs", "40", "--fresh", "--device", "cpu")
 
     def search(*flags: str) -> dict:
         run_here("fit_latent.py", "--splits", "test", "--max-images", "60", "--device", "cpu", *flags)
-        return runs.read_latents(trained / "latents-test.npz", "test", gan)
+        return latents.read_latents(trained / "latents-test.npz", "test", gan)
 
-    test = datasets.open_split("digits", "test", "0").take(search("--init", "encoder", "--lr", "0")["index"])
-    x = datasets.to_model(datasets.load_images(test, 32, 1)[0])
-    start = runs.load_encoder(trained, gan, CPU).encoder(x)
+    test = open_split("digits", "test", "0").take(search("--init", "encoder", "--lr", "0")["index"])
+    x = to_model(load_images(test, 32, 1)[0])
+    start = f_anogan.load(gan).network(x)
     np.testing.assert_allclose(search("--init", "encoder", "--lr", "0")["z"], start, atol=1e-5)
 
     candidates, encoder = search(), search("--init", "encoder")
     assert "encoder" in encoder["search"] and "encoder" not in candidates["search"]
-    assert runs.fitted_score(encoder).mean() < 1.02 * runs.fitted_score(candidates).mean()
+    loss = [util.anomaly_score(each["residual"], each["discrimination"], 0.1).mean() for each in (encoder, candidates)]
+    assert loss[0] < 1.02 * loss[1]
     # a threshold from one search does not fit the scores of another, whichever it is
     run_here("fit_latent.py", "--splits", "validation", "--max-images", "60", "--device", "cpu")
     assert "fitted with different settings (encoder)" in fails("evaluate.py", "--device", "cpu")
@@ -254,42 +257,42 @@ def test_a_file_of_another_run_is_refused(
     trained: Path, tmp_path: Path, run_here: Callable[..., None], fails: Callable[..., str]
 ) -> None:
     before = {path: path.read_bytes() for path in trained.glob("*.*")}
-    message = fails("train_encoder.py", "--lr", "1e-3")
+    message = fails("detectors.f_anogan", "--lr", "1e-3")
     assert "encoder.pt was trained with kappa 0.5, not 1.0; lr 0.0002, not 0.001" in message
-    assert "acae.pt was trained with l1_weight 100.0, not 1.0" in fails("train_acae.py", "--l1-weight", "1")
+    assert "acae.pt was trained with l1_weight 100.0, not 1.0" in fails("detectors.acae", "--l1-weight", "1")
     assert all(path.read_bytes() == content for path, content in before.items())
     (trained / "encoder.pt").rename(tmp_path / "encoder.pt")
-    assert "encoder.pt is missing: run train_encoder.py" in fails("fit_latent.py", "--init", "encoder")
+    assert "encoder.pt is missing: run python -m detectors.f_anogan" in fails("fit_latent.py", "--init", "encoder")
     content = (tmp_path / "encoder.pt").read_bytes()
     (trained / "encoder.pt").write_bytes(content[:500])
-    assert "encoder.pt is damaged or was not written by this train_encoder.py" in fails("evaluate.py")
+    assert "encoder.pt is damaged or was not written by this python -m detectors.f_anogan" in fails("evaluate.py")
     (trained / "encoder.pt").write_bytes(content)
     content = (trained / "acae.pt").read_bytes()
     (trained / "acae.pt").write_bytes(content[:500])
-    assert "acae.pt is damaged or was not written by this train_acae.py" in fails("evaluate.py")
+    assert "acae.pt is damaged or was not written by this python -m detectors.acae" in fails("evaluate.py")
     (trained / "acae.pt").write_bytes(content)
 
     state = torch.load(trained / "gan.pt", weights_only=True)
     state["config"]["training_images"] = "100 with checksum 0"
     torch.save(state, trained / "gan.pt")
-    for command in (["fit_latent.py", "--init", "encoder"], ["train_encoder.py"]):
+    for command in (["fit_latent.py", "--init", "encoder"], ["detectors.f_anogan"]):
         assert "encoder.pt was trained for another gan.pt" in fails(*command)
     gan = runs.load_gan(trained, CPU)
-    with pytest.raises(util.InputError, match=r"acae.pt was trained on other images or with other sizes"):
-        runs.load_acae(trained, gan, CPU)
-    assert "are not those of gan.pt" in fails("train_acae.py", "--fresh")
+    with pytest.raises(util.InputError, match=r"acae.pt was trained for another gan.pt .*\(other training_images\)"):
+        acae.load(gan)
+    assert "are not those of gan.pt" in fails("detectors.acae", "--fresh")
 
 
 @pytest.mark.parametrize(
     ("script", "flags", "words"),
     [
-        ("train_encoder.py", ["--kappa", "-1"], "--kappa must be at least 0"),
-        ("train_encoder.py", ["--kappa", "inf"], "--kappa must be at least 0 and finite, not inf"),
-        ("train_encoder.py", ["--epochs", "0"], "--epochs must be at least 1"),
-        ("train_encoder.py", ["--checkpoint-every", "x"], "--checkpoint-every must be"),
-        ("train_acae.py", ["--l1-weight", "nan"], "--l1-weight must be at least 0"),
-        ("train_acae.py", ["--batch-size", "0"], "--batch-size must be at least 1"),
-        ("train_acae.py", ["--run-dir", "outputs/none"], "has no gan.pt: run train_gan.py"),
+        ("detectors.f_anogan", ["--kappa", "-1"], "--kappa must be at least 0"),
+        ("detectors.f_anogan", ["--kappa", "inf"], "--kappa must be at least 0 and finite, not inf"),
+        ("detectors.f_anogan", ["--epochs", "0"], "--epochs must be at least 1"),
+        ("detectors.f_anogan", ["--checkpoint-every", "x"], "--checkpoint-every must be"),
+        ("detectors.acae", ["--l1-weight", "nan"], "--l1-weight must be at least 0"),
+        ("detectors.acae", ["--batch-size", "0"], "--batch-size must be at least 1"),
+        ("detectors.acae", ["--run-dir", "outputs/none"], "has no gan.pt: run train_gan.py"),
     ],
 )
 def test_wrong_flags(trained: Path, fails: Callable[..., str], script: str, flags: list[str], words: str) -> None:
@@ -300,8 +303,8 @@ def test_evaluate_draws_what_is_there(
     trained: Path, run_here: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A curve, a histogram and a row for each score, whichever of them there are."""
-    figures = {}
-    monkeypatch.setattr("plots.save", lambda figure, path: figures.update({path.name: figure}))
+    figures, labels = {}, {score.name: score.label for score in evaluate.SCORES}
+    monkeypatch.setattr("anogan.plots.save", lambda figure, path: figures.update({path.name: figure}))
     scores = ["anomaly_score", "residual", "discrimination", "peak", "p_d"]
     (trained / "rotnet.pt").unlink()
     for path in trained.glob("*-reference.npz"):
@@ -313,19 +316,21 @@ def test_evaluate_draws_what_is_there(
         expected = scores + ["f_anogan"] * present + ["acae"] * (name == "baselines-*.npz")
         assert list(json.loads((trained / "metrics.json").read_text())["test"]) == expected
         curves = [line.get_label() for line in figures["roc.png"].axes[0].lines]
-        assert [label.split(":")[0] for label in curves[:-1]] == [plots.LABELS[score] for score in expected]
+        assert [label.split(":")[0] for label in curves[:-1]] == [labels[score] for score in expected]
         panels = [axes.get_xlabel() for axes in figures["score_histograms.png"].axes if axes.get_xlabel()]
-        assert panels == [plots.LABELS[score] for score in expected]
+        assert panels == [labels[score] for score in expected]
 
 
 def test_seconds_of_a_run(digits_workdir: Path) -> None:
-    """benchmarks/comparators.py: seconds to train on and to score 1,000 images, from run.json."""
-    record, _ = comparators.read_run(digits_workdir / "outputs/digits-0")
-    seconds = comparators.seconds_of(record)
-    assert set(seconds) == set(comparators.SCORES)
-    gan, encoder = (record[script]["seconds"] / 0.106 for script in ("train_gan", "train_encoder"))
-    assert seconds["gan_r"]["train"] == seconds["p_d"]["train"] == pytest.approx(gan)
-    assert seconds["f_anogan"]["train"] == pytest.approx(gan + encoder)
-    of_test = record["fit_latent"]["fitted"]["latents-test.npz"]
-    assert of_test["searched"] == 60
-    assert seconds["anomaly_score"]["score"] == pytest.approx(1000 * of_test["seconds"] / 60)
+    """benchmarks/comparators.py: seconds to train on 1,000 images, from run.json, and to score 1,000, measured."""
+    run_dir = digits_workdir / "outputs/digits-0"
+    record, metrics = comparators.read_run(run_dir)
+    train = comparators.training_seconds(record)
+    gan, encoder = (record[script]["seconds"] / 0.106 for script in ("train_gan", "f_anogan"))
+    assert train["gan_r"] == train["p_d"] == pytest.approx(gan)
+    assert train["f_anogan"] == pytest.approx(gan + encoder)
+    trained = runs.load_gan(run_dir, CPU)
+    fit, models = comparators.fit_baselines(trained, baselines.Config())
+    score = comparators.scoring_seconds(trained, comparators.read_searches(trained, metrics), models, 20)
+    assert set(score) == set(comparators.SCORES) == {*train, *fit}
+    assert all(seconds > 0 for seconds in (*score.values(), *fit.values()))

@@ -6,8 +6,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import CenterCrop, Resize
 
-import heatmaps
-import scores
+from anogan import heatmaps, scores
 
 
 def test_difference_by_hand() -> None:

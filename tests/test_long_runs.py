@@ -18,8 +18,8 @@ import torch
 from conftest import TINY, start
 from test_util import folder
 
-import runs
 import util
+from anogan import files, latents, runs
 
 TRAIN = ["train_gan.py", "--dataset", "digits", "--epochs", "20", "--checkpoint-every", "25", *TINY]  # 120 steps
 FIT = ["fit_latent.py", "--splits", "test", "--steps", "100", "--max-images", "320", "--shard-size", "32"]  # 10 shards
@@ -66,7 +66,7 @@ def assert_same_training(run_dir: Path, whole: Path) -> None:
     assert [state.pop("seconds") > 0 for state in states] == [True, True]
     assert_same(*states)
     assert (run_dir / "losses.csv").read_bytes() == (whole / "losses.csv").read_bytes()
-    assert not list(run_dir.glob(f"{runs.PARTIAL}*"))
+    assert not list(run_dir.glob(f"{files.PARTIAL}*"))
 
 
 def assert_same_latents(run_dir: Path, whole: Path, split: str = "test") -> None:
@@ -74,7 +74,7 @@ def assert_same_latents(run_dir: Path, whole: Path, split: str = "test") -> None
     assert first.keys() == second.keys()
     for name in first:
         np.testing.assert_array_equal(first[name], second[name])
-    assert not (run_dir / f"latents-{split}").exists() and not list(run_dir.glob(f"{runs.PARTIAL}*"))
+    assert not (run_dir / f"latents-{split}").exists() and not list(run_dir.glob(f"{files.PARTIAL}*"))
 
 
 def shards(workdir: Path) -> list[Path]:
@@ -181,7 +181,7 @@ def test_full_disk(whole: Path, trained: Path, tmp_path: Path, digits_workdir: P
 
     (trained / "gan.pt").unlink()
     no_room(TRAIN, 20_000)
-    assert not list(trained.glob("*gan.pt")) and not list(trained.glob(f"{runs.PARTIAL}*"))
+    assert not list(trained.glob("*gan.pt")) and not list(trained.glob(f"{files.PARTIAL}*"))
     finish(tmp_path, ["15" if word == "20" else word for word in TRAIN])
     before = (trained / "gan.pt").read_bytes()
     no_room(TRAIN, len(before) // 2)
@@ -293,7 +293,7 @@ def test_flipped_bytes(whole: Path, trained: Path) -> None:
     device, places, refused = torch.device("cpu"), random.Random(0), 0
     gan = runs.load_gan(whole, device)
     good = {name: getattr(gan, name).state_dict() for name in ("generator", "discriminator")}
-    latents = runs.read_latents(whole / "latents-test.npz", "test", gan)
+    expected = latents.read_latents(whole / "latents-test.npz", "test", gan)
     for name in ("gan.pt", "latents-test.npz"):
         content = (whole / name).read_bytes()
         for _ in range(150):
@@ -304,12 +304,11 @@ def test_flipped_bytes(whole: Path, trained: Path) -> None:
                 if name == "gan.pt":
                     found = runs.load_gan(trained, device)
                     assert_same({part: getattr(found, part).state_dict() for part in good}, good)
-                    state, expected = (torch.load(at / name, weights_only=True) for at in (trained, whole))
-                    assert_same(state, expected)
+                    assert_same(*(torch.load(at / name, weights_only=True) for at in (trained, whole)))
                 else:
-                    found = runs.read_latents(trained / name, "test", gan)
-                    for key in runs.PER_IMAGE:
-                        np.testing.assert_array_equal(found[key], latents[key])
+                    found = latents.read_latents(trained / name, "test", gan)
+                    for key in latents.PER_IMAGE:
+                        np.testing.assert_array_equal(found[key], expected[key])
             except util.InputError:
                 refused += 1
     assert refused > 200
@@ -331,7 +330,7 @@ def test_shards_of_other_settings_are_searched_again(
     run_here(*["20" if word == "100" else word for word in FIT])
     assert capsys.readouterr().out.count("was fitted with other settings: searching it again") == done > 0
     gan = runs.load_gan(trained, torch.device("cpu"))
-    assert runs.read_latents(trained / "latents-test.npz", "test", gan)["search"]["steps"] == 20
+    assert latents.read_latents(trained / "latents-test.npz", "test", gan)["search"]["steps"] == 20
 
 
 def test_more_images_are_searched_anew(
@@ -444,15 +443,15 @@ def test_bad_flags_never_end_in_a_traceback(
         "precision normal-class dataset device",
         "fit_latent.py": "splits max-images steps lr discrimination-weight candidates batch-size shard-size seed "
         "precision device run-dir init images",
-        "train_encoder.py": "epochs batch-size kappa lr weight-decay checkpoint-every seed precision device run-dir",
-        "train_acae.py": "epochs batch-size l1-weight lr weight-decay checkpoint-every seed precision device run-dir",
+        "detectors.f_anogan": "epochs batch-size kappa lr weight-decay checkpoint-every seed precision device run-dir",
+        "detectors.acae": "epochs batch-size l1-weight lr weight-decay checkpoint-every seed precision device run-dir",
         "evaluate.py": "alpha fdr images score bootstrap batch-size seed device run-dir",
     }
     base = {
         "train_gan.py": ["--dataset", "digits", "--epochs", "1", *TINY, "--run-dir", "outputs/other", "--fresh"],
         "fit_latent.py": ["--splits", "test", "--steps", "1", "--max-images", "5", "--run-dir", str(RUN)],
-        "train_encoder.py": ["--run-dir", str(RUN), "--epochs", "1", "--fresh"],
-        "train_acae.py": ["--run-dir", str(RUN), "--epochs", "1", "--fresh"],
+        "detectors.f_anogan": ["--run-dir", str(RUN), "--epochs", "1", "--fresh"],
+        "detectors.acae": ["--run-dir", str(RUN), "--epochs", "1", "--fresh"],
         "evaluate.py": ["--run-dir", str(RUN)],
     }
     for _ in range(90):
@@ -467,4 +466,4 @@ def test_bad_flags_never_end_in_a_traceback(
             else:
                 assert stopped.code == 2, (script, flag, value)  # tyro's usage message
     assert 30 < refused < 90
-    assert not [path for path in Path("outputs").rglob("*") if path.name.startswith(runs.PARTIAL)]
+    assert not [path for path in Path("outputs").rglob("*") if path.name.startswith(files.PARTIAL)]

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from measures import bootstrap_interval, detection_metrics, flag_metrics, flags, p_values, pixel_metrics, threshold
+from anogan.metrics import bootstrap_interval, detection_metrics, pixel_figures
+from anogan.verdicts import flag_metrics, flags, p_values, threshold
 
 SCORE = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
 IS_ANOMALY = np.array([False, True, False, True, True])
@@ -127,7 +128,7 @@ def test_pixel_metrics_against_scikit_learn() -> None:
     masks = [np.zeros((20, 30), bool) for _ in range(4)]
     masks[0][3:6, 3:6] = masks[0][10:18, 10:28] = masks[1][5:15, 5:15] = True
     heats = [(0.3 * rng.random((20, 30)) + 0.2 * mask).astype(np.float32) for mask in masks]
-    found = pixel_metrics(zip(heats, masks, strict=True), level=1)
+    found = pixel_figures(zip(heats, masks, strict=True), level=1)
     mask, heat = np.concatenate(masks).ravel(), np.concatenate(heats).ravel()
     assert found["pixel_roc_auc"] == pytest.approx(roc_auc_score(mask, heat), abs=1e-3)
     assert found["regions"] == 3
@@ -143,20 +144,20 @@ def test_pixel_metrics_against_scikit_learn() -> None:
 def test_pixel_metrics_by_hand() -> None:
     mask = np.zeros((4, 4), bool)
     mask[0, 0] = mask[1, 1] = mask[3, 3] = True  # the first two touch at a corner
-    perfect = pixel_metrics([(mask.astype(float), mask)], 0.5)
+    perfect = pixel_figures([(mask.astype(float), mask)], 0.5)
     assert perfect == {"pixel_roc_auc": pytest.approx(1), "aupro": pytest.approx(1), "regions": 2, "regions_found": 2}
-    assert pixel_metrics([(1.0 - mask, mask)], 0.5)["pixel_roc_auc"] == pytest.approx(0)
+    assert pixel_figures([(1.0 - mask, mask)], 0.5)["pixel_roc_auc"] == pytest.approx(0)
     # the same everywhere: the diagonal, whose mean up to 0.3 is 0.15
-    flat = pixel_metrics([(np.full((4, 4), 0.5), mask)], 0.5)
+    flat = pixel_figures([(np.full((4, 4), 0.5), mask)], 0.5)
     assert flat["pixel_roc_auc"] == pytest.approx(0.5) and flat["aupro"] == pytest.approx(0.15)
     # a small region found and a large one missed weigh the same
     mask = np.zeros((10, 10), bool)
     mask[0, 0], mask[5:] = True, True
     heat = np.zeros((10, 10))
     heat[0, 0], heat[1:5] = 0.9, 0.1
-    found = pixel_metrics([(heat, mask)], 0.5)
+    found = pixel_figures([(heat, mask)], 0.5)
     assert found["aupro"] == pytest.approx(0.5, abs=0.02) and found["regions_found"] == 1
     unseen = np.where(mask, np.nan, heat)
-    assert pixel_metrics([(unseen, mask)], 0.5)["pixel_roc_auc"] < 0.5
+    assert pixel_figures([(unseen, mask)], 0.5)["pixel_roc_auc"] < 0.5
     with pytest.raises(ValueError, match="inside the masks and outside"):
-        pixel_metrics([(heat, np.zeros((10, 10), bool))], 0.5)
+        pixel_figures([(heat, np.zeros((10, 10), bool))], 0.5)

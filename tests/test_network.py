@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from network import Discriminator, Encoder, Generator, RotNet, fold_batchnorm, initialise_weights
+from detectors.rotnet import RotNet
+from network import Discriminator, Encoder, Generator, fold_batchnorm, initialise_weights
 
 
 @pytest.mark.parametrize("image_size", [32, 64, 128])

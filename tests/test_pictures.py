@@ -12,9 +12,8 @@ from conftest import TINY, read_scores
 from PIL import Image
 from test_util import draw
 
-import datasets
-import measures
-import runs
+from anogan import runs, verdicts
+from anogan.images import load_images, open_pictures, open_split
 from examples import planted_defects
 from util import InputError
 
@@ -30,7 +29,7 @@ def read_verdicts(folder: Path) -> dict[str, dict[str, str]]:
 def digit(path: Path, value: int, number: int = 0) -> None:
     """One of the test scans of a digit as a picture of 80x60."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    test = datasets.open_split("digits", "test", "0")
+    test = open_split("digits", "test", "0")
     wide = Image.new("L", (80, 60))
     wide.paste(test.open(np.flatnonzero(test.label == value)[number]).resize((60, 60)), (10, 0))
     wide.save(path)
@@ -38,7 +37,7 @@ def digit(path: Path, value: int, number: int = 0) -> None:
 
 def test_pictures_of_a_folder_a_glob_and_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def found(*paths: str) -> list[str]:
-        return sorted(datasets.open_pictures(paths).source.tolist())
+        return sorted(open_pictures(paths).source.tolist())
 
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -48,19 +47,19 @@ def test_pictures_of_a_folder_a_glob_and_a_file(tmp_path: Path, monkeypatch: pyt
     assert found("p") == found("p/**/*.jpg", "p/b.png", "p") == found("./p") == ["p/b.png", "p/deep/er/a.jpg"]
     assert found("*") == found(".") == ["one.webp", "p/b.png", "p/deep/er/a.jpg"]  # a pattern that matches folders
     assert found("p/../one.webp", "one.webp") == ["one.webp"] and found("../up.png") == [str(tmp_path / "up.png")]
-    one = datasets.open_pictures(["one.webp"])
+    one = open_pictures(["one.webp"])
     assert (one.name, one.label.tolist(), one.classes) == ("one", [-1], [])
-    assert datasets.open_pictures(["p"]).name == "p" and datasets.open_pictures(["p", "one.webp"]).name == "here"
+    assert open_pictures(["p"]).name == "p" and open_pictures(["p", "one.webp"]).name == "here"
     # however they are spelt, and from wherever, they are the same pictures
-    index = datasets.open_pictures(["p"]).index
-    assert (datasets.open_pictures([str(tmp_path / "here/p")]).index == index).all()
+    index = open_pictures(["p"]).index
+    assert (open_pictures([str(tmp_path / "here/p")]).index == index).all()
     monkeypatch.chdir(tmp_path)
-    assert (datasets.open_pictures(["here/p"]).index == index).all()
+    assert (open_pictures(["here/p"]).index == index).all()
     for path in ("nowhere", "here/p/.hidden/none*.png", "here/p/*.gif"):
         with pytest.raises(InputError, match=f"--images {path.replace('*', '.')}: no such picture"):
-            datasets.open_pictures([path])
+            open_pictures([path])
     with pytest.raises(InputError, match="--images names no picture"):
-        datasets.open_pictures([])
+        open_pictures([])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
@@ -70,13 +69,13 @@ def test_links_among_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "p/same.png").symlink_to("a.png")
     for name in ("x", "y"):
         (tmp_path / "p" / name).symlink_to(".")  # back to itself, twice
-    assert datasets.open_pictures(["p"]).source.tolist() == ["p/a.png"]
+    assert open_pictures(["p"]).source.tolist() == ["p/a.png"]
     (tmp_path / "p/dead.png").symlink_to("nowhere")
-    pictures = datasets.open_pictures(["p"])
+    pictures = open_pictures(["p"])
     assert sorted(Path(each).name for each in pictures.source) == ["a.png", "dead.png"]
     with pytest.raises(InputError, match=r"cannot read the image p/dead.png"):
-        datasets.load_images(pictures, 32, 3)
-    assert len(datasets.load_images(pictures, 32, 3, skip_unreadable=True)[0]) == 1
+        load_images(pictures, 32, 3)
+    assert len(load_images(pictures, 32, 3, skip_unreadable=True)[0]) == 1
 
 
 def test_from_a_folder_to_the_verdict(
@@ -141,9 +140,9 @@ def test_the_search_of_pictures_goes_on_and_is_of_these_pictures(
     run_here(*fit, "other")
     assert "holds other images" in capsys.readouterr().out
     run_here("evaluate.py", "--images", "other", *CPU)
-    assert "fit_latent_images" in runs.read_record(trained) and "searched" in str(
-        runs.read_record(trained)["fit_latent"]
-    )
+    record = runs.read_record(trained)
+    assert "latents-images.npz" in record["fit_latent_images"]["fitted"]
+    assert "latents-test.npz" in record["fit_latent"]["fitted"]
     assert "--images nowhere: no such picture" in fails(*fit, "nowhere")
     message = fails("fit_latent.py", "--steps", "5", *CPU, "--images", "other")
     assert "the validation images were searched with steps 20: use the same" in message
@@ -257,7 +256,7 @@ def test_share_flagged_of_fresh_normals(trained: Path, run_here: Callable[..., N
         path.unlink()
     (trained / "latents-train_anomalies.npz").unlink()
     run_here("fit_latent.py", "--steps", "20", *CPU)  # all of them
-    run_here("fit_baselines.py")
+    run_here("detectors.baselines")
     run_here("evaluate.py", "--bootstrap", "5", *CPU)
     rows = [row for row in read_scores(trained) if row["class_name"] == "0"]
     assert len(rows) == 27 + 45
@@ -268,8 +267,8 @@ def test_share_flagged_of_fresh_normals(trained: Path, run_here: Callable[..., N
             shares = []
             for _ in range(400):
                 order = rng.permutation(len(score))
-                p_value = measures.p_values(score[order[40:]], score[order[:40]])
-                shares.append(measures.flags(p_value, alpha).mean())
+                p_value = verdicts.p_values(score[order[40:]], score[order[:40]])
+                shares.append(verdicts.flags(p_value, alpha).mean())
             assert np.mean(shares) <= alpha + 3 * np.std(shares) / 400**0.5
             assert np.mean(shares) >= 0.4 * alpha  # no idle bound
 
@@ -284,7 +283,7 @@ def test_pictures_may_not_join_the_training_set_later(
             draw(root / f"set/{name}/{i}.png", value=(i, 0, 0))
     run_here("train_gan.py", "--dataset", "set", "--epochs", "1", *TINY)  # train/ has one class, which is normal
     draw(root / "set/train/good/+new.png", value=(50, 0, 0))
-    for script in ("fit_latent.py", "fit_baselines.py", "train_rotnet.py"):
+    for script in ("fit_latent.py", "detectors.baselines", "detectors.rotnet"):
         message = fails(script, "--run-dir", "outputs/set-good")
         assert "than when gan.pt was trained" in message or "not those of gan.pt" in message
     (root / "set/train/good/+new.png").unlink()
@@ -314,7 +313,7 @@ def test_a_small_training_of_pictures(tmp_path: Path, run_here: Callable[..., No
         draw(tmp_path / f"set/test/good/{i}.png", value=(i, 2 * i, 90))
         draw(tmp_path / f"set/test/bad/{i}.png", value=(200, i, 0))
     run_here("train_gan.py", "--dataset", "set", "--normal-class", "good", "--epochs", "1", *TINY)
-    run_here("train_rotnet.py", "--epochs", "1", *CPU)
+    run_here("detectors.rotnet", "--epochs", "1", *CPU)
     run_here("fit_latent.py", "--steps", "1", *CPU)
     run_here("evaluate.py", "--bootstrap", "5", *CPU)
     assert (tmp_path / "outputs/set-good/report.html").is_file()

@@ -16,11 +16,10 @@ from conftest import ROOT, TINY, run_process, shell_command, start
 from test_long_runs import assert_same_latents, assert_same_training
 from torch.nn.functional import logsigmoid
 
-import datasets
-import runs
 import train_gan
-import training
 import util
+from anogan import loop, runs
+from anogan.images import load_images, open_split
 from network import Discriminator, Generator, initialise_weights
 
 TRAIN = ["train_gan.py", "--dataset", "digits", "--checkpoint-every", "25", "--precision", "fp32", *TINY]
@@ -55,14 +54,14 @@ def test_gradients_are_averaged(tmp_path: Path) -> None:
     found = torch.load(tmp_path / RUN / "gan.pt", weights_only=True)
 
     config = train_gan.Config(latent_dim=8)
-    images = datasets.load_images(datasets.open_split("digits", "train", "1"), 32, 1)[0]
+    pixels = load_images(open_split("digits", "train", "1"), 32, 1)[0]
     torch.manual_seed(0)
     generators = [Generator(32, 1, 8, 4).apply(initialise_weights)]
     discriminators = [Discriminator(32, 1, 4).apply(initialise_weights)]
     for networks in (generators, discriminators):
         networks.append(copy.deepcopy(networks[0]))
     optimizers = {
-        network: training.prepare(network, config, torch.device("cpu"))[0] for network in generators + discriminators
+        network: loop.prepare(network, config, torch.device("cpu")) for network in generators + discriminators
     }
 
     def step(networks: list, losses: list[torch.Tensor]) -> None:
@@ -77,10 +76,10 @@ def test_gradients_are_averaged(tmp_path: Path) -> None:
             optimizers[network].step()
 
     random = [torch.Generator(), torch.Generator()]
-    batches = [training.real_batches(images, 8, 0, 0, rank, 2) for rank in range(2)]
+    batches = [loop.real_batches(pixels, 8, 0, 0, rank, 2) for rank in range(2)]
     for number, reals in enumerate(islice(zip(*batches, strict=False), 6)):
         for rank in range(2):
-            random[rank].manual_seed(util.seed_of(0, training.NOISE, number, rank))
+            random[rank].manual_seed(util.seed_of(0, loop.NOISE, number, rank))
         for optimizer in optimizers.values():  # a cosine over 15 epochs of 6 steps
             optimizer.param_groups[0]["lr"] = 1e-4 * (1 + math.cos(math.pi * max(0, number - 1) / 90))
 

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-import datasets
-import report
-import scoring
+from anogan import report, verdicts
+from anogan.images import ImageSet
+from anogan.scores import GAN, Score, ScoredSplit
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package: chromium)")
@@ -48,32 +48,28 @@ def written(tmp_path: Path, names: list[str], strip: bytes | None = None) -> tup
     """A report of made-up pictures, of which every tenth is flagged, and their scores (N,)."""
     count = len(names)
     score = np.random.default_rng(0).permutation(count) / count
-    split = scoring.ScoredSplit(
-        images=datasets.ImageSet("mine", [], np.arange(count), np.full(count, -1), np.array(names), None),
+    split = ScoredSplit(
+        gan=None,
+        images=ImageSet("mine", [], np.arange(count), np.full(count, -1), np.array(names), None),
         z=np.zeros((count, 1)),
+        search=None,
         class_name=np.array(["good", "very  bad"])[np.arange(count) % 2],
         is_anomaly=np.zeros(count, bool),
         scores={"anomaly_score": score, "residual": -score},
-        seconds={},
+        declared={
+            name: Score(name, f"{name}, as it is", GAN, None, "tab:blue") for name in ("anomaly_score", "residual")
+        },
+        batch_size=1,
     )
     flagged = score >= 0.9
-    verdict = scoring.Verdicts("anomaly_score", 0.9, {"images": 1 - score}, {"images": flagged}, 0.1, 0.2)
+    p_value, flags = {"images": 1 - score}, {"images": flagged}
+    verdict = verdicts.Verdict("anomaly_score", 0.1, None, 0.9, p_value, flags, level=0.1, brightest=0.2)
     if strip is None:
         Image.new("RGB", (128, 32), "navy").save(tmp_path / "strip.webp")
         strip = (tmp_path / "strip.webp").read_bytes()
     Image.new("RGB", (40, 30), "green").save(tmp_path / "figure.png")
-    report.write(
-        tmp_path / "report.html",
-        "Pictures of <mine>",
-        ["7 are flagged."],
-        {},
-        [tmp_path / "figure.png"],
-        "images",
-        split,
-        np.argsort(-score),
-        verdict,
-        (strip for _ in range(count)),
-    )
+    page = report.Page("Pictures of <mine>", ["7 are flagged."], [tmp_path / "figure.png"], "images", split, verdict)
+    report.write(tmp_path / "report.html", page, (strip for _ in range(count)))
     return tmp_path / "report.html", score
 
 

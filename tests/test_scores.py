@@ -5,22 +5,22 @@ import dataclasses
 import importlib
 import inspect
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import read_scores
+from conftest import Batches, read_scores
 from sklearn.covariance import LedoitWolf
 from torch import nn
 
-import datasets
-import runs
-import scores
-import train_rotnet
-import training
-from network import RotNet, initialise_weights
+from anogan import loop, runs
+from anogan.images import load_images, open_split, to_model
+from detectors import rotnet as method
+from detectors.rotnet import RotNet
+from network import initialise_weights
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 def test_rotation_by_hand() -> None:
     """A network that always says the same is wrong in a known way; one that knows the turn scores near 0."""
     probability = torch.tensor([0.1, 0.2, 0.3, 0.4])
-    same = scores.rotation(lambda images: probability.log().expand(len(images), 4), torch.rand(3, 1, 4, 4))
+    same = method.rotation(lambda images: probability.log().expand(len(images), 4), torch.rand(3, 1, 4, 4))
     torch.testing.assert_close(same, torch.full((3,), -probability.double().log().sum().item()).double())
 
     def knows(images: torch.Tensor) -> torch.Tensor:  # which of the corners is white
@@ -37,22 +37,22 @@ def test_rotation_by_hand() -> None:
 
     white = torch.zeros(2, 1, 4, 4)
     white[:, :, 0, 0] = 1
-    assert scores.rotation(knows, white).tolist() == pytest.approx([0, 0], abs=1e-3)
-    assert (scores.rotation(knows, white) > 0).all()  # 4 e^-30, which float32 would round to 0: a tie
-    assert (scores.rotation(knows, white.flip(2)) > 100).all()  # an image that stands upside down
+    assert method.rotation(knows, white).tolist() == pytest.approx([0, 0], abs=1e-3)
+    assert (method.rotation(knows, white) > 0).all()  # 4 e^-30, which float32 would round to 0: a tie
+    assert (method.rotation(knows, white.flip(2)) > 100).all()  # an image that stands upside down
 
 
 def test_neighbours_by_hand() -> None:
     # two rungs that say the same weigh as much as one
     rotnet = SimpleNamespace(features=lambda images: [images.expand(-1, -1, 8, 8), images.expand(-1, -1, 4, 4)])
     training = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])[:, :, None, None]
-    normal = scores.normal_features(rotnet, [training[:2], training[2:]])
+    normal = method.normal_features(rotnet, [training[:2], training[2:]])
     assert normal.directions.shape == (3, 2 * 2 * 16)
     assert normal.directions.norm(dim=1).tolist() == pytest.approx([1, 1, 1])
     x = torch.tensor([[3.0, 0.0], [1.0, 1.0]])[:, :, None, None]  # its length does not count, its direction does
-    found = scores.neighbours(rotnet, x, normal, count=2)
+    found = method.neighbours(rotnet, x, normal, count=2)
     assert found.tolist() == pytest.approx([(0 + 1) / 2, 1 - 2**-0.5])
-    assert scores.neighbours(rotnet, x, normal, count=9)[0].item() == pytest.approx((0 + 1 + 2) / 3)
+    assert method.neighbours(rotnet, x, normal, count=9)[0].item() == pytest.approx((0 + 1 + 2) / 3)
 
 
 def test_mahalanobis_by_hand() -> None:
@@ -61,46 +61,46 @@ def test_mahalanobis_by_hand() -> None:
     spread = torch.tensor([1.0, 3.0])
     rows = 5 + spread * torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0))
     pixels = rows[:, :, None, None].expand(-1, -1, 4, 4)
-    normal = scores.normal_features(rotnet, pixels.split(3000))
+    normal = method.normal_features(rotnet, pixels.split(3000))
     assert normal.means.shape == (4, 2) and normal.precisions.shape == (4, 2, 2)
     x = (5 + torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 9.0], [3.0, 9.0]]))[:, :, None, None].expand(-1, -1, 4, 4)
     # four turns, in each of which a plain picture has the same channels
-    assert scores.mahalanobis(rotnet, x, normal).tolist() == pytest.approx(
+    assert method.mahalanobis(rotnet, x, normal).tolist() == pytest.approx(
         [0, 4 * 9, 4 * 9, 4 * 18], rel=0.05, abs=0.01
     )
     # the channels are those of the turned image: one that looks at the top row alone sees four different rows
     top = SimpleNamespace(features=lambda images: [images[:, :, :1]])
     edges = torch.zeros(2, 1, 4, 4)
     edges[0, :, 0], edges[1, :, :, 0] = 1, 1
-    assert [scores.channel_means(top, images)[:, 0].tolist() for images in scores.turned(edges)] == [
+    assert [method.channel_means(top, images)[:, 0].tolist() for images in method.turned(edges)] == [
         [1, 0.25],
         [0.25, 0],
         [0, 0.25],
         [0.25, 1],
     ]
     # fewer images than channels: shrinkage keeps the covariance invertible
-    few = scores.normal_features(rotnet, [pixels[:1], pixels[1:2]])
-    assert torch.isfinite(scores.mahalanobis(rotnet, x, few)).all()
+    few = method.normal_features(rotnet, [pixels[:1], pixels[1:2]])
+    assert torch.isfinite(method.mahalanobis(rotnet, x, few)).all()
 
 
 def test_combined_by_hand() -> None:
     parts, normal = [np.array([3.0, 0.0]), np.array([10.0, 40.0])], [np.array([1.0, 2.0]), np.array([10.0, 30.0])]
     parts, normal = [2 ** np.array(part) for part in parts], [2 ** np.array(part) for part in normal]
     # of the logarithms: the base does not matter
-    np.testing.assert_allclose(scores.combined(parts, normal, [1, 4]), [3 + 4 * (10 - 20) / 10, -3 + 4 * 2])
+    np.testing.assert_allclose(method.combined(parts, normal, [1, 4]), [3 + 4 * (10 - 20) / 10, -3 + 4 * 2])
     # a part that is the same for all validation normals, or for the only one there is
     for same in ([3], [3, 3]):
-        found = scores.combined([np.float32([12, 1])], [np.float32(same)], [1])
+        found = method.combined([np.float32([12, 1])], [np.float32(same)], [1])
         np.testing.assert_allclose(found, np.log([4, 1 / 3]))
     # a distance that rounding has put at or below 0
-    found = scores.combined([np.float32([-1e-7, 0, 1e-6])], [np.float32([1e-3, 1])], [1])
+    found = method.combined([np.float32([-1e-7, 0, 1e-6])], [np.float32([1e-3, 1])], [1])
     assert np.isfinite(found).all() and np.ptp(found) < 1e-6
 
 
 def test_augmented_images_are_mirrored_and_moved() -> None:
     torch.manual_seed(0)
     columns = torch.arange(32.0).expand(200, 1, 32, 32)
-    both = train_rotnet.augmented(torch.cat([columns, columns.mT], 1))  # a ramp across, and one down
+    both = method.augmented(torch.cat([columns, columns.mT], 1))  # a ramp across, and one down
     assert both.shape == (200, 2, 32, 32)
     images, down = both[:, :1], both[:, 1:]
     assert torch.equal(down, down[..., :1].expand_as(down)) and (down[:, 0, 17] - down[:, 0, 16] == 1).all()
@@ -116,7 +116,7 @@ def test_augmented_images_are_mirrored_and_moved() -> None:
 def test_recoloured_images_keep_their_shapes() -> None:
     torch.manual_seed(0)
     image = torch.rand(1, 3, 8, 8) - 0.5
-    found = train_rotnet.recoloured(image.expand(500, -1, -1, -1))
+    found = method.recoloured(image.expand(500, -1, -1, -1))
     grey = image.mean(1)
     levels = found.mean(1)  # (500, 8, 8), whose contrast and brightness alone have changed
     contrast = (levels - levels.mean((1, 2), keepdim=True)).norm(dim=(1, 2)) / (grey - grey.mean()).norm()
@@ -129,26 +129,24 @@ def test_recoloured_images_keep_their_shapes() -> None:
     assert 60 < (saturation < 1e-4).sum() < 140  # grey
     assert 0.4 - 1e-4 <= saturation[saturation > 1e-4].min() < 0.45 and 1.55 < saturation.max() <= 1.6 + 1e-4
     one_channel = image[:, :1].expand(5, -1, -1, -1)
-    assert train_rotnet.recoloured(one_channel).shape == one_channel.shape
+    assert method.recoloured(one_channel).shape == one_channel.shape
 
 
 def test_rotnet_learns_to_tell_turns() -> None:
     """On digits that it has not seen, a turn is told far better than by chance, with RotNet as the scores use it."""
-    train_images, _ = datasets.load_images(datasets.open_split("digits", "train", "7"), 32, 1)
-    validation = datasets.to_model(datasets.load_images(datasets.open_split("digits", "validation", "7"), 32, 1)[0])
+    train_images, _ = load_images(open_split("digits", "train", "7"), 32, 1)
+    validation = to_model(load_images(open_split("digits", "validation", "7"), 32, 1)[0])
     torch.manual_seed(0)
     rotnet = RotNet(32, 1, 8).apply(initialise_weights)
-    optimizer, _ = training.prepare(rotnet, train_rotnet.Config(), CPU)
-    fp32 = torch.autocast("cpu", torch.bfloat16, enabled=False)
-    batches = training.real_batches(train_images, 32, seed=0)
-    history = [train_rotnet.train_step(rotnet, optimizer, next(batches), fp32) for _ in range(120)]
-    assert history[-1][0] < 0.5 * history[0][0]
+    batches = Batches(islice(loop.real_batches(train_images, 32, seed=0), 120))
+    method.train(batches, rotnet, loop.prepare(rotnet, method.Config(), CPU))
+    assert batches.rows[-1]["loss"] < 0.5 * batches.rows[0]["loss"]
     before = copy.deepcopy(rotnet).eval()(validation)
     runs.freeze(rotnet, CPU)
     torch.testing.assert_close(rotnet(validation), before, rtol=1e-4, atol=1e-4)  # folded
     chance = 4 * np.log(4)
-    assert scores.rotation(rotnet, validation).mean() < 0.7 * chance
-    assert scores.rotation(rotnet, validation.rot90(1, (2, 3))).mean() > scores.rotation(rotnet, validation).mean()
+    assert method.rotation(rotnet, validation).mean() < 0.7 * chance
+    assert method.rotation(rotnet, validation.rot90(1, (2, 3))).mean() > method.rotation(rotnet, validation).mean()
 
 
 def test_scores_csv_by_hand(digits_workdir: Path) -> None:
@@ -159,13 +157,13 @@ def test_scores_csv_by_hand(digits_workdir: Path) -> None:
     rotnet.load_state_dict(state)
     rotnet.eval()
     rows = {split: [row for row in read_scores(run_dir) if row["split"] == split] for split in ("validation", "test")}
-    images = {
-        "train": datasets.open_split("digits", "train", "0"),
-        "validation": datasets.open_split("digits", "validation", "0"),
-        "test": datasets.open_split("digits", "test", "0"),
+    sets = {
+        "train": open_split("digits", "train", "0"),
+        "validation": open_split("digits", "validation", "0"),
+        "test": open_split("digits", "test", "0"),
     }
-    images["test"] = images["test"].take(np.isin(images["test"].source, [row["source"] for row in rows["test"]]))
-    x = {split: datasets.to_model(datasets.load_images(image_set, 32, 1)[0]) for split, image_set in images.items()}
+    sets["test"] = sets["test"].take(np.isin(sets["test"].source, [row["source"] for row in rows["test"]]))
+    x = {split: to_model(load_images(image_set, 32, 1)[0]) for split, image_set in sets.items()}
     parts = {}
 
     def channels(split: str, turn: int) -> np.ndarray:
@@ -218,12 +216,21 @@ def test_a_rotnet_of_other_images_is_refused(trained: Path, fails: Callable[...,
     state = torch.load(trained / "rotnet.pt", weights_only=True)
     state["config"]["training_images"] = "99 with checksum 0"
     torch.save(state, trained / "rotnet.pt")
-    for script in ("evaluate.py", "train_rotnet.py"):
-        assert "rotnet.pt was trained on other images or with other sizes than gan.pt" in fails(script)
+    for script in ("evaluate.py", "detectors.rotnet"):
+        assert (
+            "rotnet.pt was trained for another gan.pt than the one that is there now (other training_images)"
+            in fails(script)
+        )
 
 
 @pytest.mark.parametrize(
-    "script", ["train_gan", "train_encoder", "train_acae", "train_rotnet", "fit_latent", "evaluate"]
+    "script",
+    [
+        "train_gan",
+        "fit_latent",
+        "evaluate",
+        *(f"detectors.{name}" for name in ("f_anogan", "acae", "rotnet", "baselines")),
+    ],
 )
 def test_every_flag_has_help(script: str) -> None:
     """A comment that ruff has wrapped is none to tyro."""

@@ -17,8 +17,9 @@ from conftest import TINY, read_scores, start
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-import datasets
-import runs
+from anogan import runs
+from anogan.images import load_images, open_split
+from detectors import baselines
 
 RUN_FILES = {
     *("gan.pt", "losses.csv", "losses.png", "samples.png", "samples.gif", "reconstructions.png", "run.json"),
@@ -99,7 +100,7 @@ def test_every_score_has_the_same_figures(digits_workdir: Path) -> None:
     metrics = json.loads((run_dir / "metrics.json").read_text())
     for protocol in ("test", "all_splits"):
         names = ["anomaly_score", "residual", "discrimination", "peak", "p_d"]
-        names += ["f_anogan", "acae", "rotation", "neighbours", "mahalanobis", "gan_r", *runs.BASELINES, "combined"]
+        names += ["f_anogan", "acae", "rotation", "neighbours", "mahalanobis", "gan_r", *baselines.LABELS, "combined"]
         assert list(metrics[protocol]) == names
         assert len({tuple(figures) for figures in metrics[protocol].values()}) == 1
     rows = [row for row in read_scores(run_dir) if row["split"] == "test"]
@@ -120,8 +121,8 @@ def test_all_splits_protocol(digits_workdir: Path) -> None:
 
 def test_run_json_tells_how_each_script_ran(digits_workdir: Path) -> None:
     record = json.loads((digits_workdir / "outputs/digits-0/run.json").read_text())
-    fits = {"fit_latent", "fit_latent_reference", "fit_baselines"}
-    assert set(record) == {"train_gan", "train_encoder", "train_acae", "train_rotnet", "evaluate"} | fits
+    detectors = {"f_anogan", "acae", "rotnet", "baselines"}
+    assert set(record) == {"train_gan", "fit_latent", "fit_latent_reference", "evaluate"} | detectors
     for script in record.values():
         assert script["seconds"] > 0 and script["device"].startswith("cpu") and script["versions"]["torch"]
         assert os.name == "nt" or script["peak_memory_mib"] > 50
@@ -231,17 +232,17 @@ def test_cifar10_from_its_own_archive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_here: Callable[..., None]
 ) -> None:
     write_cifar10_archive(tmp_path / "data/cifar-10-python.tar.gz")
-    cifar10 = torchvision.datasets.CIFAR10
+    cifar10 = torchvision.images.CIFAR10
     monkeypatch.setattr(cifar10, "tgz_md5", None)  # ours is a smaller archive than the one with the known sums
     monkeypatch.setattr(cifar10, "train_list", [[name, None] for name, _ in cifar10.train_list])
     monkeypatch.setattr(cifar10, "test_list", [[name, None] for name, _ in cifar10.test_list])
     monkeypatch.setattr(cifar10, "meta", {**cifar10.meta, "md5": None})
 
     run_here("train_gan.py", "--epochs", "1", *TINY)  # all defaults: cifar10, class 1
-    train = datasets.open_split("cifar10", "train", "1")
+    train = open_split("cifar10", "train", "1")
     assert len(train) == 40 and set(train.label) == {1} and train.source[0] == "cifar10/train/00001"
-    images, _ = datasets.load_images(train, 32, 3)
-    assert (images[:, 0] == 255).all() and images[0, 1, 0, 0] == 1 and images[-1, 1, 0, 0] == 60 + 19
+    pixels, _ = load_images(train, 32, 3)
+    assert (pixels[:, 0] == 255).all() and pixels[0, 1, 0, 0] == 1 and pixels[-1, 1, 0, 0] == 60 + 19
     run_here("fit_latent.py", "--steps", "3", "--device", "cpu")
     run_here("evaluate.py", "--bootstrap", "20", "--device", "cpu")
     metrics = json.loads((tmp_path / "outputs/cifar10-automobile/metrics.json").read_text())
@@ -254,7 +255,7 @@ SHARED = Path(__file__).parent.parent / "data/cifar10-jpeg"
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="data/cifar10-jpeg is not there: only developers have this copy")
 def test_real_cifar10_images() -> None:
-    validation = datasets.open_split(str(SHARED), "validation", "automobile")
-    assert len(validation) == 1000 and len(datasets.open_split(str(SHARED), "train_anomalies", "automobile")) == 45000
-    images, _ = datasets.load_images(validation.take(np.arange(64)), 32, 3)
+    validation = open_split(str(SHARED), "validation", "automobile")
+    assert len(validation) == 1000 and len(open_split(str(SHARED), "train_anomalies", "automobile")) == 45000
+    images, _ = load_images(validation.take(np.arange(64)), 32, 3)
     assert 90 < images.float().mean() < 150 and images.float().std() > 40

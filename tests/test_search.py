@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-import datasets
 import fit_latent
 import util
-from fit_latent import stratified_subset
+from anogan.images import stratified_subset, to_model
+from fit_latent import Config, draw_candidates, nearest
 from network import Discriminator, Generator, fold_batchnorm
-from search import draw_candidates, nearest_candidates, search_latents
 
 STEPS, LR, WEIGHT = 12, 0.1, 0.1
 Networks = tuple[Generator, Discriminator]
@@ -30,9 +29,9 @@ def start() -> torch.Tensor:
 def search(
     networks: Networks, images: torch.Tensor, start: torch.Tensor, batch_size: int = 7, **changes: float | str
 ) -> list[torch.Tensor]:
-    settings = {"steps": STEPS, "lr": LR, "discrimination_weight": WEIGHT} | changes
+    settings = {"steps": STEPS, "lr": LR, "discrimination_weight": WEIGHT, "precision": "fp32"} | changes
     parts = [
-        search_latents(*networks, datasets.to_model(batch).double(), z, **settings)
+        fit_latent.search(networks, to_model(batch).double(), z, Config(**settings))
         for batch, z in zip(images.split(batch_size), start.split(batch_size), strict=True)
     ]
     return [torch.cat(part) for part in zip(*parts, strict=True)]
@@ -84,9 +83,11 @@ def test_batched_search_is_the_plain_search(
 
 def test_steps_in_bf16_end_where_fp32_ends(tiny_networks: Networks, images: torch.Tensor, start: torch.Tensor) -> None:
     generator, discriminator = (network.float() for network in tiny_networks)
-    x, z = datasets.to_model(images), start.float()
-    fp32 = search_latents(generator, discriminator, x, z, 60, LR, WEIGHT)
-    bf16 = search_latents(generator, discriminator, x, z, 60, LR, WEIGHT, "bf16")
+    x, z = to_model(images), start.float()
+    fp32, bf16 = (
+        fit_latent.search((generator, discriminator), x, z, Config(steps=60, lr=LR, precision=precision))
+        for precision in ("fp32", "bf16")
+    )
     assert not torch.equal(fp32[0], bf16[0])  # it did run in bf16
     assert all(part.dtype == torch.float32 for part in bf16)
     scores = [util.anomaly_score(*found, WEIGHT) for _, *found in (fp32, bf16)]
@@ -117,24 +118,25 @@ def test_losses_belong_to_the_latents_returned(
 ) -> None:
     z, residual, discrimination = search(tiny_networks, images, start)
     generator, discriminator = tiny_networks
-    x, generated = datasets.to_model(images).double(), generator(z)
+    x, generated = to_model(images).double(), generator(z)
     torch.testing.assert_close(residual, (x - generated).abs().sum((1, 2, 3)))
     features = discriminator.features(x) - discriminator.features(generated)
     torch.testing.assert_close(discrimination, features.abs().sum((1, 2, 3)))
 
 
 def test_search_from_the_answer_stays_there(tiny_networks: Networks) -> None:
-    generator, discriminator = tiny_networks
+    generator, _ = tiny_networks
     answer = torch.randn(5, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     x = generator(answer)
-    _, residual, discrimination = search_latents(generator, discriminator, x, answer, 20, 1e-4, WEIGHT)
-    _, far_residual, _ = search_latents(generator, discriminator, x, answer.flip(0), 20, 1e-4, WEIGHT)
+    config = Config(steps=20, lr=1e-4, precision="fp32")
+    _, residual, discrimination = fit_latent.search(tiny_networks, x, answer, config)
+    _, far_residual, _ = fit_latent.search(tiny_networks, x, answer.flip(0), config)
     keep = torch.tensor([0, 1, 3, 4])  # flip leaves the third where it is
     assert (residual < 0.01 * far_residual[keep].min()).all()
     assert (discrimination < 1).all()
     near = answer + 0.3 * torch.randn(5, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     start = util.residual_loss(x, generator(near))
-    z, found, _ = search_latents(generator, discriminator, x, near, 300, 0.01, WEIGHT)
+    z, found, _ = fit_latent.search(tiny_networks, x, near, Config(steps=300, lr=0.01, precision="fp32"))
     assert (found < 0.2 * start).all() and (z - answer).norm() < (near - answer).norm()
 
 
@@ -151,23 +153,23 @@ def test_search_changes_nothing_in_the_networks(
 def test_search_starts_at_the_nearest_candidate(tiny_networks: Networks, images: torch.Tensor) -> None:
     generator = tiny_networks[0].float()
     candidates = draw_candidates(generator, 8, 50, seed=0)
-    x = datasets.to_model(images)
-    start = nearest_candidates(x, candidates)
+    x = to_model(images)
+    start = nearest(x, candidates)
     for image, z in zip(x, start, strict=True):  # against a loop over all candidates
         blocks = [drawn.reshape(3, 16, 2, 16, 2).mean((2, 4)) for drawn in (image, *generator(candidates.z))]
         distances = torch.stack([(blocks[0] - block).abs().sum() for block in blocks[1:]])
         assert torch.equal(z, candidates.z[distances.argmin()])
     drawn = generator(candidates.z[[17, 4]])  # an image that G drew starts at its own z
-    assert torch.equal(nearest_candidates(drawn, candidates), candidates.z[[17, 4]])
+    assert torch.equal(nearest(drawn, candidates), candidates.z[[17, 4]])
 
 
 def test_start_depends_on_seed_model_and_image_alone(tiny_networks: Networks, images: torch.Tensor) -> None:
-    generator, x = tiny_networks[0].float(), datasets.to_model(images)
+    generator, x = tiny_networks[0].float(), to_model(images)
     candidates = draw_candidates(generator, 8, 500, seed=0)
-    start = nearest_candidates(x, candidates)
-    assert torch.equal(start[[4, 1]], nearest_candidates(x[[4, 1]], candidates))
+    start = nearest(x, candidates)
+    assert torch.equal(start[[4, 1]], nearest(x[[4, 1]], candidates))
     again = draw_candidates(generator, 8, 500, seed=0)
-    assert torch.equal(candidates.z, again.z) and torch.equal(start, nearest_candidates(x, again))
+    assert torch.equal(candidates.z, again.z) and torch.equal(start, nearest(x, again))
     assert not torch.equal(candidates.z, draw_candidates(generator, 8, 500, seed=1).z)
     assert abs(candidates.z.mean()) < 0.05 and candidates.z.std() == pytest.approx(1, abs=0.05)  # N(0, I)
 

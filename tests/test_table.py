@@ -11,8 +11,8 @@ from sklearn.metrics import roc_auc_score
 from test_util import folder
 
 import util
+from anogan.images import stratified_subset
 from benchmarks import cifar10_table
-from fit_latent import stratified_subset
 
 
 def test_halves(digits_workdir: Path) -> None:
@@ -63,14 +63,14 @@ def test_every_class_is_measured_once(
 
     def run(script: str, run_dir: Path, *flags: object) -> None:
         ran.append((script, run_dir.name))
-        run_here(script, "--run-dir", str(run_dir), *map(str, flags))
+        run_here(script.removeprefix("-m "), "--run-dir", str(run_dir), *map(str, flags))
 
     monkeypatch.setattr(cifar10_table, "run", run)
     monkeypatch.setattr(cifar10_table, "RESULTS", tmp_path)
     monkeypatch.chdir(tmp_path)
     config = cifar10_table.Config(dataset="set", ngf=2, epochs=1, device="cpu")
     cifar10_table.main(config)
-    scripts = ("train_gan.py", "train_rotnet.py", "fit_baselines.py", "fit_latent.py", "evaluate.py")
+    scripts = ("train_gan.py", "-m detectors.rotnet", "-m detectors.baselines", "fit_latent.py", "evaluate.py")
     assert ran == [(script, f"{name}-0-32-2-1") for name in "ab" for script in scripts]
     with (tmp_path / "cifar10_table.csv").open() as file:
         rows = list(csv.DictReader(file))

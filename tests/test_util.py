@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import datasets
-import runs
 import util
+from anogan import files, runs
+from anogan.images import ImageSet, class_label, load_images, open_dataset, open_split, to_display, to_model
 from util import InputError
 
 
@@ -30,20 +30,18 @@ def folder(root: Path, counts: dict[str, int]) -> Path:
 
 def load_one(path: Path, channels: int = 3, size: int = 32) -> np.ndarray:
     """What one picture becomes: (channels, size, size)."""
-    image_set = datasets.ImageSet(
-        "x", ["a"], np.array([0]), np.array([0]), np.array(["p"]), lambda i, source: Image.open(path)
-    )
-    return datasets.load_images(image_set, size, channels)[0][0].numpy()
+    image_set = ImageSet("x", ["a"], np.array([0]), np.array([0]), np.array(["p"]), lambda i, source: Image.open(path))
+    return load_images(image_set, size, channels)[0][0].numpy()
 
 
 # ---- images in
 
 
 def test_four_splits_of_digits() -> None:
-    train = datasets.open_split("digits", "train", "3")
-    validation = datasets.open_split("digits", "validation", "3")
-    anomalies = datasets.open_split("digits", "train_anomalies", "3")
-    test = datasets.open_split("digits", "test", "3")
+    train = open_split("digits", "train", "3")
+    validation = open_split("digits", "validation", "3")
+    anomalies = open_split("digits", "train_anomalies", "3")
+    test = open_split("digits", "test", "3")
     assert set(train.label) == set(validation.label) == {3}
     assert len(train) == int(0.8 * (len(train) + len(validation)))
     assert max(train.index) < min(validation.index)  # the first 80%, in the data set's order
@@ -55,23 +53,23 @@ def test_four_splits_of_digits() -> None:
 def test_digits_parts_do_not_share_a_scan() -> None:
     pixels = []
     for part in ("train", "test"):
-        image_set = datasets.open_dataset("digits", part)
+        image_set = open_dataset("digits", part)
         pixels.append([image_set.open(i).tobytes() for i in range(len(image_set))])
     whole = (load_digits().images * (255 / 16)).round().astype(np.uint8)
     assert sorted(pixels[0] + pixels[1]) == sorted(scan.tobytes() for scan in whole)
-    assert abs(np.bincount(datasets.open_dataset("digits", "test").label) - 45).max() <= 2  # stratified
+    assert abs(np.bincount(open_dataset("digits", "test").label) - 45).max() <= 2  # stratified
     assert max(map(max, pixels[0])) == 255  # sixteen grey levels spread over 0 to 255
 
 
 def test_folder_in_mvtec_layout(tmp_path: Path) -> None:
     root = folder(tmp_path / "bottle", {"train/good": 10, "test/good": 2, "test/broken": 3, "ground_truth/broken": 3})
-    train, test = datasets.open_split(str(root), "train", "good"), datasets.open_split(str(root), "test", "good")
+    train, test = open_split(str(root), "train", "good"), open_split(str(root), "test", "good")
     assert train.classes == test.classes == ["broken", "good"]  # one numbering, though train/ lacks a class
     assert train.name == "bottle" and len(train) == 8 and set(train.label) == {1}
     names = ["broken/00.png", "broken/01.png", "broken/02.png", "good/00.png", "good/01.png"]
     assert test.source.tolist() == [f"test/{name}" for name in names]
     assert test.label.tolist() == [0, 0, 0, 1, 1]
-    images, _ = datasets.load_images(train, 32, 3)
+    images, _ = load_images(train, 32, 3)
     assert images[:, 0, 0, 0].tolist() == list(range(8))  # rows follow the sources
 
 
@@ -80,7 +78,7 @@ def test_files_that_are_not_pictures_are_left_out(tmp_path: Path) -> None:
     (root / "train/good/notes.txt").write_text("not an image")
     (root / "train/good/._00.png").write_bytes(b"what a file manager leaves")
     (root / "train/.cache").mkdir()
-    assert len(datasets.open_dataset(str(root), "train")) == 5
+    assert len(open_dataset(str(root), "train")) == 5
 
 
 def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
@@ -139,10 +137,10 @@ def test_unreadable_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     root = folder(tmp_path, {"train/good": 6, "test/good": 1})
     broken = root / "train/good/03.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    image_set = datasets.open_dataset(str(root), "train")
+    image_set = open_dataset(str(root), "train")
     with pytest.raises(InputError, match=r"train/good/03\.png.*--skip-unreadable"):
-        datasets.load_images(image_set, 32, 3)
-    images, kept = datasets.load_images(image_set, 32, 3, skip_unreadable=True)
+        load_images(image_set, 32, 3)
+    images, kept = load_images(image_set, 32, 3, skip_unreadable=True)
     assert images[:, 0, 0, 0].tolist() == [0, 1, 2, 4, 5]
     assert kept.index.tolist() == [0, 1, 2, 4, 5] and "train/good/03.png" not in kept.source
     assert "train/good/03.png" in capsys.readouterr().err
@@ -157,17 +155,17 @@ def test_pixels_of_unknown_range_are_refused(tmp_path: Path, mode: str, value: f
 
 def test_range_of_the_models_images() -> None:
     images = torch.tensor([0, 51, 255], dtype=torch.uint8)
-    torch.testing.assert_close(datasets.to_model(images), torch.tensor([-1.0, -0.6, 1.0]))
-    torch.testing.assert_close(datasets.to_display(datasets.to_model(images)), images / 255)
+    torch.testing.assert_close(to_model(images), torch.tensor([-1.0, -0.6, 1.0]))
+    torch.testing.assert_close(to_display(to_model(images)), images / 255)
 
 
 def test_class_by_name_or_index() -> None:
-    assert datasets.class_label(["airplane", "automobile"], "automobile") == 1
-    assert datasets.class_label(["airplane", "automobile"], "1") == 1
-    assert datasets.class_label(["2", "0", "1"], "1") == 2  # a name goes before an index
+    assert class_label(["airplane", "automobile"], "automobile") == 1
+    assert class_label(["airplane", "automobile"], "1") == 1
+    assert class_label(["2", "0", "1"], "1") == 2  # a name goes before an index
     for wrong in ("car", "2", "-1", ""):
         with pytest.raises(InputError, match="unknown class"):
-            datasets.class_label(["airplane", "automobile"], wrong)
+            class_label(["airplane", "automobile"], wrong)
 
 
 # ---- losses
@@ -191,10 +189,10 @@ def test_losses_by_hand() -> None:
 
 def test_replacing_is_all_or_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    with runs.replacing(path) as partial:
+    with files.replacing(path) as partial:
         partial.write_text("first")
         assert not path.exists()
-    with pytest.raises(ZeroDivisionError), runs.replacing(path) as partial:
+    with pytest.raises(ZeroDivisionError), files.replacing(path) as partial:
         partial.write_text("half")
         _ = 1 / 0
     assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
