@@ -44,7 +44,7 @@ washers washers-grey: $(VENV)/installed
 	$(BIN)/python evaluate.py --run-dir outputs/$@-good --images data/$@/new
 
 test: $(VENV)/installed-dev browser
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # For the tests of report.html, which are skipped without one
 browser:

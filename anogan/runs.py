@@ -33,13 +33,13 @@ def run_folder(run_dir: Path) -> Iterator[None]:
     if processes.rank() > 0:
         yield
         return
-    try:
-        with files.writing(run_dir / ".lock"):
+    with files.writing(run_dir / ".lock"):
+        try:
             lock = FileLock(run_dir / ".lock", blocking=False).acquire()
-    except Timeout as error:
-        raise InputError(
-            f"another process is at work in {run_dir}: wait for it to end, or name another run with --run-dir"
-        ) from error
+        except Timeout as error:
+            raise InputError(
+                f"another process is at work in {run_dir}: wait for it to end, or name another run with --run-dir"
+            ) from error
     with lock:
         for pattern in ("", "latents-*/"):
             for partial in run_dir.glob(f"{pattern}{files.PARTIAL}[0-9]*-*"):

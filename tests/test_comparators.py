@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import Batches, read_scores, run_process
+from conftest import Batches, read_scores, run_together
 from test_long_runs import assert_same
 from torch import nn
 
@@ -195,8 +195,8 @@ def test_two_processes_average_their_gradients(trained: Path) -> None:
     """The encoder of two processes against two encoders in this one, whose gradients are averaged by hand."""
     arguments = ["--epochs", "1", "--batch-size", "8", "--fresh", "--device", "cpu", "--precision", "fp32"]
     for script in ("detectors.f_anogan", "detectors.acae"):
-        done = run_process(trained.parent.parent, script, *arguments, processes=2)
-        assert done.returncode == 0, done.stderr
+        done = run_together(trained.parent.parent, script, *arguments)
+        assert [code for code, _ in done] == [0, 0], done
 
     gan = runs.load_gan(trained, CPU)
     pixels = runs.images_of_gan(gan, count=2)

@@ -232,7 +232,7 @@ def test_cifar10_from_its_own_archive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_here: Callable[..., None]
 ) -> None:
     write_cifar10_archive(tmp_path / "data/cifar-10-python.tar.gz")
-    cifar10 = torchvision.images.CIFAR10
+    cifar10 = torchvision.datasets.CIFAR10
     monkeypatch.setattr(cifar10, "tgz_md5", None)  # ours is a smaller archive than the one with the known sums
     monkeypatch.setattr(cifar10, "train_list", [[name, None] for name, _ in cifar10.train_list])
     monkeypatch.setattr(cifar10, "test_list", [[name, None] for name, _ in cifar10.test_list])
