@@ -27,7 +27,7 @@ demo: $(VENV)/installed
 	@echo
 	@echo "Look at:"
 	@echo "  $(DEMO)/report.html            all of it in a browser, every image with its score"
-	@echo "  $(DEMO)/samples.png            real digits beside generated ones"
+	@echo "  $(DEMO)/samples.png            real digits next to generated ones"
 	@echo "  $(DEMO)/difference_maps.png    where each test image differs from what G can draw"
 	@echo "  $(DEMO)/score_histograms.png   how far normal and anomalous scores lie apart"
 	@echo "  $(DEMO)/ranking.png            the most normal and the most anomalous images"

@@ -18,14 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import tyro
 
 import util
-from anogan import files, heatmaps, images, judge, metrics, plots, report, runs, scores, verdicts
+from anogan import files, images, judge, metrics, plots, report, runs, scores, verdicts
 from anogan.scores import ScoredSplit
-from anogan.verdicts import Verdict
 from detectors import acae, baselines, f_anogan, rotnet
 
 # Every score, in the order of tables and figures. To add a detector, add its scores here
@@ -114,12 +112,10 @@ def evaluate_splits(gan: runs.TrainedGAN, config: Config) -> dict[str, Any]:
     report.write_scores(run_dir / "scores.csv", scored, verdict)
 
     # Difference maps, and the other figures
-    title = f"{run_dir.name}, test split"
-    figures = draw_figures(test, verdict, found["test"], title)
+    figures = plots.of_scores(test, verdict, found["test"])
     if test.z is not None:
-        figures.append(draw_difference_maps(test, verdict, title))
-
-    write_report(test, verdict, found, figures)
+        figures.append(plots.difference_maps(test, verdict))
+    report.write_run(test, verdict, found, figures)
     return found
 
 
@@ -145,31 +141,6 @@ def judge_pictures(gan: runs.TrainedGAN, config: Config) -> dict[str, dict[str, 
     }
 
 
-def write_report(test: ScoredSplit, verdict: Verdict, found: dict[str, Any], figures: list[Path]) -> None:
-    """report.html, and what a person wants first on the terminal."""
-    run_dir, normal_class = test.gan.run_dir, test.gan.normal_class
-    at, means = found["threshold"]["test"], verdicts.meaning(verdict)
-    flagged = f"flags {at['false_alarm_rate']:.1%} of the normal and {at['detection_rate']:.1%} of the anomalous images"
-    page = report.Page(
-        f"{run_dir.name}: {len(test.images)} test images, {normal_class} is normal",
-        [f"On the test split it {flagged}.", f"{means[0].upper()}{means[1:]}."],
-        figures[:3],
-        "test",
-        test,
-        verdict,
-        found["test"],
-    )
-    report.write(run_dir / "report.html", page, report.strips(test, verdict))
-    report.print_table(found)
-    print(f"\n{means}; on the test split it {flagged}")
-    written = " ".join(path.name for path in figures)
-    print(f"\nwrote {run_dir}/: scores.csv metrics.json report.html {written} run.json")
-    print(
-        f"next: open {run_dir / 'report.html'} in a browser, or judge your own pictures: "
-        f"python fit_latent.py --run-dir {util.quoted(run_dir)} --images PATH"
-    )
-
-
 def check_both_kinds(gan: runs.TrainedGAN, test: ScoredSplit) -> None:
     """Raise InputError unless the test images are of both kinds."""
     if test.is_anomaly.all() or not test.is_anomaly.any():
@@ -178,47 +149,6 @@ def check_both_kinds(gan: runs.TrainedGAN, test: ScoredSplit) -> None:
             f"both kinds: add images to {gan.dataset}/test (or raise --max-images of fit_latent.py), or judge pictures "
             "without labels with --images"
         )
-
-
-def draw_figures(test: ScoredSplit, verdict: Verdict, found: dict[str, dict], title: str) -> list[Path]:
-    """ROC curves, histograms, ROC-AUC by class and the ranking, to the run folder; returns their paths."""
-    names = ("roc.png", "score_histograms.png", "per_class_auc.png", "ranking.png")
-    paths = [test.gan.run_dir / name for name in names]
-    label = test.declared[verdict.score].label
-    plots.roc_curves(paths[0], test, found, title)
-    by_label = {test.declared[name].label: values for name, values in test.scores.items()}
-    plots.score_histograms(paths[1], by_label, test.is_anomaly, (label, verdict.threshold), title)
-    plots.per_class_auc(paths[2], test, found, title)
-    ranked, score = test.ranked(verdict.score), test.scores[verdict.score]
-    groups = {
-        f"most {kind}": (
-            images.to_display(test.real_and_generated(rows)[0]),
-            [f"{test.class_name[i]}\n{score[i]:.4g}" for i in rows],
-            test.is_anomaly[rows],
-        )
-        for kind, rows in (("normal", ranked[::-1][:16]), ("anomalous", ranked[:16]))
-    }
-    plots.ranking(paths[3], groups, f"{title}, {label}")
-    return paths
-
-
-def draw_difference_maps(test: ScoredSplit, verdict: Verdict, title: str) -> Path:
-    """Real, generated, difference and marked, of the first few normals and the first two of each anomalous class.
-
-    They are not the best-looking ones. Returns the figure's path.
-    """
-    path = test.gan.run_dir / "difference_maps.png"
-    anomalous = np.unique(test.class_name[test.is_anomaly])[:10]
-    rows = [np.flatnonzero(~test.is_anomaly)[:4]]
-    rows = np.concatenate(rows + [np.flatnonzero(test.class_name == name)[:2] for name in anomalous])
-    x, generated = test.real_and_generated(rows)
-    panels = heatmaps.panels(x, generated, heatmaps.difference(x, generated), verdict.level, verdict.brightest)
-    score, p_value = test.scores["anomaly_score"], verdict.p_value["test"]
-    captions = [[test.class_name[i], f"A = {score[i]:.0f}", f"p = {p_value[i]:.2g}"] for i in rows]
-    is_marked = math.isfinite(verdict.level)
-    red = f"red: differs by more than {verdict.level:.2f}" if is_marked else "too few normals to mark"
-    plots.difference_maps(path, panels, captions, f"{title}, p of {test.declared[verdict.score].label}; {red}")
-    return path
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ def difference(x: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
 
 
 def window(size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """What the network sees of an upright picture of this (width, height): the square (left, top, right, bottom) in
-    its middle, as `images` cuts it out."""
+    """What the network sees of a picture of this (width, height), turned as its EXIF tag says: the square (left, top,
+    right, bottom) in its middle, as `images` cuts it out."""
     width, height = size
     side = min(size)
     left, top = round((width - side) / 2), round((height - side) / 2)

@@ -51,7 +51,7 @@ class ImageSet:
         return self.open_image(self.index[row], self.source[row])
 
     def picture(self, row: int) -> Image.Image:
-        """The image at this position at its own size, upright, in RGB with 8 bits."""
+        """The image at this position at its own size, turned as its EXIF tag says, in RGB with 8 bits."""
         return _to_8_bit(self.open(row), 3)
 
     def take(self, positions: np.ndarray | slice | range) -> "ImageSet":
@@ -64,7 +64,7 @@ class ImageSet:
 def open_dataset(dataset: str, part: str) -> ImageSet:
     """The training or test part ("train" or "test") of `cifar10`, `digits` or a folder in ImageFolder layout.
 
-    Raises InputError if CIFAR-10 cannot be had, or the folder is missing, lacks train/ or test/, or has an empty class.
+    Raises InputError if CIFAR-10 cannot be downloaded, or the folder is missing, lacks train/ or test/, or has an empty class.
     """
     if dataset == "cifar10":
         return _open_cifar10(part)
@@ -417,7 +417,7 @@ def _end_with_parent(worker: int) -> None:
 
 
 def _to_8_bit(image: Image.Image, image_channels: int) -> Image.Image:
-    """Any image Pillow opens as 8-bit grey or RGB: upright by its EXIF tag, transparent parts on white."""
+    """Any image Pillow opens as 8-bit grey or RGB: turned as its EXIF tag says, transparent parts on white."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert("L") would clip at 255 instead of scaling
         levels = np.asarray(image).astype(np.int64)

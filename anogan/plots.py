@@ -1,6 +1,7 @@
 """The pictures of a run: losses and samples of its training; ROC curves, histograms, difference maps of its scores."""
 
 import io
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,17 @@ from sklearn.metrics import roc_curve
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from anogan import files
+from anogan import files, heatmaps, images
 from anogan.scores import ScoredSplit
+from anogan.verdicts import Verdict
+
+DPI = 120  # dots per inch of every figure
 
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure, whole or not at all."""
     with files.replacing(path) as partial:
-        figure.savefig(partial, dpi=120)
+        figure.savefig(partial, dpi=DPI)
 
 
 def losses(path: Path, values: np.ndarray, panels: dict[str, dict[str, str]], steps_per_epoch: int) -> None:
@@ -41,13 +45,13 @@ def losses(path: Path, values: np.ndarray, panels: dict[str, dict[str, str]], st
     save(figure, path)
 
 
-def grid(images: torch.Tensor) -> Image.Image:
+def grid(x: torch.Tensor) -> Image.Image:
     """Images (N, C, H, W) in [0, 1] as one picture, eight in a row."""
-    return to_pil_image(make_grid(images.cpu(), nrow=8, padding=1))
+    return to_pil_image(make_grid(x.cpu(), nrow=8, padding=1))
 
 
 def samples(path: Path, real: Image.Image, generated: Image.Image, title: str) -> None:
-    """A grid of real images beside one of generated ones."""
+    """A grid of real images next to one of generated ones."""
     height = 0.6 + 5.4 * real.height / real.width
     figure = Figure(figsize=(11, height), layout="constrained")
     panels = figure.subplots(1, 2)
@@ -160,7 +164,7 @@ def per_class_auc(path: Path, split: ScoredSplit, metrics: dict, title: str) -> 
     save(figure, path)
 
 
-def difference_maps(path: Path, panels: list[np.ndarray], captions: list[list[str]], title: str) -> None:
+def panels_of_images(path: Path, panels: list[np.ndarray], captions: list[list[str]], title: str) -> None:
     """Four panels an image, as `heatmaps.panels` makes them, each uint8 (N, H, H, 3).
 
     The words of an image's caption stand above its panels, one each.
@@ -194,11 +198,11 @@ def ranking(path: Path, groups: dict[str, tuple[torch.Tensor, list[str], np.ndar
     A group is (images (N, C, H, W) in [0, 1], captions, is_anomaly (N,)).
     """
     figure = Figure(figsize=(11, 8), layout="constrained")
-    for block, (name, (images, captions, is_anomaly)) in zip(figure.subfigures(2, 1), groups.items(), strict=True):
+    for block, (name, (pictures, captions, is_anomaly)) in zip(figure.subfigures(2, 1), groups.items(), strict=True):
         panels = block.subplots(2, 8)
         for axes in panels.flat:
             axes.axis("off")
-        for axes, image, caption, anomalous in zip(panels.flat, images, captions, is_anomaly, strict=False):
+        for axes, image, caption, anomalous in zip(panels.flat, pictures, captions, is_anomaly, strict=False):
             show_framed(axes, image, "tab:red" if anomalous else "tab:green")
             axes.set_title(caption, fontsize=8)
         block.suptitle(name)
@@ -218,3 +222,48 @@ def show_framed(axes: Axes, image: torch.Tensor, colour: str) -> None:
 def to_rgb(image: torch.Tensor) -> np.ndarray:
     """(1 or 3, H, W) to (H, W, 3)."""
     return image.expand(3, -1, -1).permute(1, 2, 0).numpy()
+
+
+# ---- the figures of evaluate.py --------------------------------------------------------------------------------------
+
+
+def of_scores(test: ScoredSplit, verdict: Verdict, metrics: dict[str, dict]) -> list[Path]:
+    """ROC curves, histograms, ROC-AUC by class and the ranking, to the run folder; returns their paths."""
+    names = ("roc.png", "score_histograms.png", "per_class_auc.png", "ranking.png")
+    paths = [test.gan.run_dir / name for name in names]
+    label, title = test.declared[verdict.score].label, f"{test.gan.run_dir.name}, test split"
+    roc_curves(paths[0], test, metrics, title)
+    by_label = {test.declared[name].label: values for name, values in test.scores.items()}
+    score_histograms(paths[1], by_label, test.is_anomaly, (label, verdict.threshold), title)
+    per_class_auc(paths[2], test, metrics, title)
+    ranked, score = test.ranked(verdict.score), test.scores[verdict.score]
+    groups = {
+        f"most {kind}": (
+            images.to_display(test.real_and_generated(rows)[0]),
+            [f"{test.class_name[i]}\n{score[i]:.4g}" for i in rows],
+            test.is_anomaly[rows],
+        )
+        for kind, rows in (("normal", ranked[::-1][:16]), ("anomalous", ranked[:16]))
+    }
+    ranking(paths[3], groups, f"{title}, {label}")
+    return paths
+
+
+def difference_maps(test: ScoredSplit, verdict: Verdict) -> Path:
+    """Real, generated, difference and marked, of the first few normals and the first two of each anomalous class.
+
+    They are not the best-looking ones. Returns the figure's path.
+    """
+    path = test.gan.run_dir / "difference_maps.png"
+    anomalous = np.unique(test.class_name[test.is_anomaly])[:10]
+    rows = [np.flatnonzero(~test.is_anomaly)[:4]]
+    rows = np.concatenate(rows + [np.flatnonzero(test.class_name == name)[:2] for name in anomalous])
+    x, generated = test.real_and_generated(rows)
+    panels = heatmaps.panels(x, generated, heatmaps.difference(x, generated), verdict.level, verdict.brightest)
+    score, p_value = test.scores["anomaly_score"], verdict.p_value["test"]
+    captions = [[test.class_name[i], f"A = {score[i]:.0f}", f"p = {p_value[i]:.2g}"] for i in rows]
+    is_marked = math.isfinite(verdict.level)
+    red = f"red: differs by more than {verdict.level:.2f}" if is_marked else "too few normals to mark"
+    title = f"{test.gan.run_dir.name}, test split, p of {test.declared[verdict.score].label}; {red}"
+    panels_of_images(path, panels, captions, title)
+    return path

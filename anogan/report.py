@@ -11,14 +11,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
-from anogan import files, heatmaps
+from anogan import files, heatmaps, verdicts
 from anogan.scores import ScoredSplit
 from anogan.verdicts import Verdict
+from util import quoted
 
 # Bytes of pictures at most, which base64 makes a third longer, so that a browser opens the file at once; the most
 # anomalous come first. Each image adds a row of numbers too: the file stays under 60 MB up to 20,000 images
@@ -149,3 +151,28 @@ def print_table(found: dict) -> None:
             f"\nheat maps against the masks: pixel-level ROC-AUC {of['pixel_roc_auc']:.3f}, AUPRO {of['aupro']:.3f} "
             f"(false alarms up to 30%); something is marked in {of['regions_found']} of their {of['regions']} regions"
         )
+
+
+def write_run(test: ScoredSplit, verdict: Verdict, found: dict[str, Any], figures: list[Path]) -> None:
+    """report.html, and what a person wants first on the terminal."""
+    run_dir, normal_class = test.gan.run_dir, test.gan.normal_class
+    at, means = found["threshold"]["test"], verdicts.meaning(verdict)
+    flagged = f"flags {at['false_alarm_rate']:.1%} of the normal and {at['detection_rate']:.1%} of the anomalous images"
+    page = Page(
+        f"{run_dir.name}: {len(test.images)} test images, {normal_class} is normal",
+        [f"On the test split it {flagged}.", f"{means[0].upper()}{means[1:]}."],
+        figures[:3],
+        "test",
+        test,
+        verdict,
+        found["test"],
+    )
+    write(run_dir / "report.html", page, strips(test, verdict))
+    print_table(found)
+    print(f"\n{means}; on the test split it {flagged}")
+    written = " ".join(path.name for path in figures)
+    print(f"\nwrote {run_dir}/: scores.csv metrics.json report.html {written} run.json")
+    print(
+        f"next: open {run_dir / 'report.html'} in a browser, or judge your own pictures: "
+        f"python fit_latent.py --run-dir {quoted(run_dir)} --images PATH"
+    )

@@ -212,7 +212,7 @@ def score_run(
     """Every declared score that the run folder allows, of these sets' images, `validation` among them.
 
     Where the sets were searched, only the images that were. Latents must be there if the score `wanted` needs G(z).
-    Raises InputError if it cannot be had, or a file is missing, damaged or of something else.
+    Raises InputError if `wanted` is not there, or a file is missing, damaged or of something else.
     """
     fits = _fits(gan, image_sets, needs_z=any(each.name == wanted and each.source is LATENTS for each in declared))
     if fits:

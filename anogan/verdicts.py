@@ -111,6 +111,6 @@ def meaning(verdict: Verdict) -> str:
     bound = false_alarm_bound(verdict.alpha, normals)
     return (
         f"flagged where {verdict.score} passes {verdict.threshold:.4g}, p_value at most {verdict.alpha:g}: on average "
-        f"this flags at most {verdict.alpha:.1%} of normal pictures, and with these {normals} validation normals "
-        f"hardly more than {bound:.1%}"
+        f"this flags at most {verdict.alpha:.1%} of normal pictures; with these {normals} validation normals it is at "
+        f"most {bound:.1%}, with 95% confidence"
     )

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from anogan import plots
 from network import Discriminator, Generator
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +30,7 @@ TINY = ["--image-size", "32", "--ngf", "4", "--ndf", "4", "--latent-dim", "8", "
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # where the server below imports from
 torch.set_num_threads(1)
+plots.DPI = 40  # figures are drawn as ever, but smaller: at 120 they take most of the time of a short training
 
 # Scripts start as children of a server that has imported what they import: a process of its own each, which can be
 # killed and limited like any other, without the seconds that importing torch takes

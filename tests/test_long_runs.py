@@ -37,6 +37,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir / RUN
 
 
+@pytest.fixture(scope="module")
+def short(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, of which fewer images were searched."""
+    workdir = tmp_path_factory.mktemp("short")
+    shutil.copytree(whole, workdir / RUN, ignore=shutil.ignore_patterns("latents-*"))
+    finish(workdir, SHORT)
+    return workdir / RUN
+
+
 @pytest.fixture
 def trained(whole: Path, tmp_path: Path) -> Path:
     """A copy of the undisturbed run without its latents."""
@@ -175,7 +184,7 @@ def test_search_stopped_by_a_signal(whole: Path, trained: Path, tmp_path: Path, 
     assert marked.sum() == 32 * len(done)
 
 
-def test_full_disk(whole: Path, trained: Path, tmp_path: Path, digits_workdir: Path) -> None:
+def test_full_disk(whole: Path, short: Path, trained: Path, tmp_path: Path, digits_workdir: Path) -> None:
     def no_room(command: list[str], largest_file: int) -> None:
         code, printed = start(tmp_path, *command, largest_file=largest_file).end()
         assert code == 1 and "error: cannot write" in printed and "Traceback" not in printed
@@ -191,11 +200,11 @@ def test_full_disk(whole: Path, trained: Path, tmp_path: Path, digits_workdir: P
     assert_same_training(trained, whole)
 
     shutil.copy(whole / "gan.pt", trained / "gan.pt")
-    no_room(FIT, 1000)
-    no_room(FIT, 8000)  # room for the shards, not for all of them in one file
-    assert len(shards(tmp_path)) == 10
-    finish(tmp_path, FIT)
-    assert_same_latents(trained, whole)
+    no_room(SHORT, 1000)
+    no_room(SHORT, 8000)  # room for the shards, not for all of them in one file
+    assert len(shards(tmp_path)) == 3
+    finish(tmp_path, SHORT)
+    assert_same_latents(trained, short)
 
     run_dir = tmp_path / "outputs/digits-0"
     shutil.copytree(digits_workdir / "outputs/digits-0", run_dir)
@@ -243,15 +252,6 @@ def test_image_that_vanishes_during_the_search(
     run_here(*fit, "--device", "cpu")
     assert "of 20 shards are done" in capsys.readouterr().out
     assert_same_latents(run_dir, Path("whole"))
-
-
-@pytest.fixture(scope="module")
-def short(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, of which fewer images were searched."""
-    workdir = tmp_path_factory.mktemp("short")
-    shutil.copytree(whole, workdir / RUN, ignore=shutil.ignore_patterns("latents-*"))
-    finish(workdir, SHORT)
-    return workdir / RUN
 
 
 @pytest.mark.parametrize("kept", [0, 30, 0.5, -1])
