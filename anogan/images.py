@@ -64,7 +64,8 @@ class ImageSet:
 def open_dataset(dataset: str, part: str) -> ImageSet:
     """The training or test part ("train" or "test") of `cifar10`, `digits` or a folder in ImageFolder layout.
 
-    Raises InputError if CIFAR-10 cannot be downloaded, or the folder is missing, lacks train/ or test/, or has an empty class.
+    Raises InputError if CIFAR-10 cannot be downloaded, or the folder is missing, lacks train/ or test/, or has an empty
+    class.
     """
     if dataset == "cifar10":
         return _open_cifar10(part)
