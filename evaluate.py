@@ -6,10 +6,11 @@
     python evaluate.py --images my/pictures --fdr 0.05        # your own pictures, after fit_latent.py --images
 
 Writes scores.csv, metrics.json, report.html and five pictures to the run folder; with --images scores.csv, report.html,
-heat maps and marked pictures to images-<name of the folder>/ in it. A high score means anomalous, for every score. What
-looks at G(z) needs a search; all else works on a run that was never searched.
+heat maps and marked pictures to images-<name of the folder>/ in it. A high score means anomalous, for every score.
+Scores that look at G(z) need fit_latent.py; the others also work on a run that was never searched.
 
-RESULT
+Measured: `make demo` (digits, 1 is normal, seed 0): A(x) has a ROC-AUC of 0.991 [0.982, 0.998] in bf16, on one thread of
+an AMD EPYC with AVX512-BF16; 0.994 [0.988, 0.998] in fp32, on one without AVX-512.
 """
 
 import math
@@ -42,9 +43,9 @@ SCORES = (
 class Config:
     run_dir: Path | None = None  # the run to use; by default the one trained last
     images: tuple[str, ...] | None = None  # pictures without labels, as given to fit_latent.py: a verdict on each
-    score: str | None = None  # p_value and flagged rest on it: combined, else anomaly_score; with --images the last one
+    score: str | None = None  # of the verdict: combined, else anomaly_score; with --images the one evaluated before
     alpha: float = 0.05  # share of normal pictures that may be flagged: those whose p_value is at most this
-    fdr: float | None = None  # or flag so that of those flagged this share at most is normal (Benjamini-Hochberg)
+    fdr: float | None = None  # or flag so that at most this share of the flags is false (Benjamini-Hochberg)
     bootstrap: int = 1000  # resamples behind each 95% interval
     batch_size: int = 256  # images that go through the networks at once
     seed: int = 0  # of the bootstrap
@@ -79,27 +80,27 @@ def check(config: Config) -> None:
 
 def evaluate_splits(gan: runs.TrainedGAN, config: Config) -> dict[str, Any]:
     """Scores, ROC-AUC, verdict and difference maps of the labelled splits, and the report; returns metrics.json."""
-    run_dir, wanted = gan.run_dir, config.score or scores.default_score(gan.run_dir)
+    run_dir, score = gan.run_dir, config.score or scores.default_score(gan.run_dir)
 
     # Scores
-    others = [split for split in ("train", "train_anomalies") if scores.LATENTS.is_there(run_dir, [split])]
-    image_sets = {split: runs.open_split(gan, split) for split in ("validation", "test", *others)}
-    scored = scores.score_run(gan, image_sets, SCORES, wanted, config.batch_size, config.skip_unreadable)
+    extra = [split for split in ("train", "train_anomalies") if scores.LATENTS.is_there(run_dir, [split])]
+    image_sets = {split: runs.open_split(gan, split) for split in ("validation", "test", *extra)}
+    scored = scores.score_run(gan, image_sets, SCORES, score, config.batch_size, config.skip_unreadable)
     validation, test = scored["validation"], scored["test"]
     check_both_kinds(gan, test)
 
     # ROC-AUC
-    found = {"normal_class": gan.normal_class, "files": scores.fingerprints(scored), "search": test.search}
+    measured = {"normal_class": gan.normal_class, "files": scores.fingerprints(scored), "search": test.search}
     protocols = {"test": [test]}
     if "train_anomalies" in scored:
         protocols["all_splits"] = [validation, test, scored["train_anomalies"]]
     for name, splits in protocols.items():
-        found[name] = metrics.protocol_metrics(splits, config.bootstrap, config.seed)
+        measured[name] = metrics.protocol_metrics(splits, config.bootstrap, config.seed)
 
     # Verdict, from validation normals alone
-    verdict = verdicts.judge(scored, wanted, config.alpha, config.fdr)
-    found["threshold"] = {
-        "score": wanted,
+    verdict = verdicts.decide(scored, score, config.alpha, config.fdr)
+    measured["threshold"] = {
+        "score": score,
         "alpha": config.alpha,
         "fdr": config.fdr,
         "value": verdict.threshold if math.isfinite(verdict.threshold) else None,
@@ -107,37 +108,37 @@ def evaluate_splits(gan: runs.TrainedGAN, config: Config) -> dict[str, Any]:
         "test": verdicts.flag_metrics(verdict.flagged["test"], test.is_anomaly),
     }
     if test.z is not None and images.has_masks(gan.dataset):
-        found["pixels"] = metrics.pixel_metrics(test, verdict.level)
-    files.write_json(run_dir / "metrics.json", found)
+        measured["pixels"] = metrics.pixel_metrics(test, verdict.level)
+    files.write_json(run_dir / "metrics.json", measured)
     report.write_scores(run_dir / "scores.csv", scored, verdict)
 
     # Difference maps, and the other figures
-    figures = plots.of_scores(test, verdict, found["test"])
+    figures = plots.of_scores(test, verdict, measured["test"])
     if test.z is not None:
         figures.append(plots.difference_maps(test, verdict))
-    report.write_run(test, verdict, found, figures)
-    return found
+    report.write_run(test, verdict, measured, figures)
+    return measured
 
 
 def judge_pictures(gan: runs.TrainedGAN, config: Config) -> dict[str, dict[str, Any]]:
     """A verdict on each of the pictures without labels; returns score, p_value and flagged by path."""
     pictures = images.open_pictures(config.images)
     # by default the score that the test images were judged by, so that what was measured is what is used
-    measured = files.read_json(gan.run_dir / "metrics.json").get("threshold", {}).get("score")
-    wanted = config.score or measured or scores.default_score(gan.run_dir)
+    before = files.read_json(gan.run_dir / "metrics.json").get("threshold", {}).get("score")
+    score = config.score or before or scores.default_score(gan.run_dir)
     image_sets = {"validation": runs.open_split(gan, "validation"), "images": pictures}
-    scored = scores.score_run(gan, image_sets, SCORES, wanted, config.batch_size, config.skip_unreadable)
-    verdict = verdicts.judge(scored, wanted, config.alpha, config.fdr)
+    scored = scores.score_run(gan, image_sets, SCORES, score, config.batch_size, config.skip_unreadable)
+    verdict = verdicts.decide(scored, score, config.alpha, config.fdr)
     folder = judge.write(gan.run_dir, scored, verdict)
-    found = scored["images"]
-    judge.print_verdicts(found, verdict, len(pictures) - len(found.images))
-    maps = "" if found.z is None else " heat/ marked/"
+    judged = scored["images"]
+    judge.print_verdicts(judged, verdict, len(pictures) - len(judged.images))
+    maps = "" if judged.z is None else " heat/ marked/"
     print(f"\nwrote {folder}/: scores.csv report.html scores.png{maps}")
     print(f"next: open {folder / 'report.html'} in a browser")
-    rows = zip(found.scores[wanted], verdict.p_value["images"], verdict.flagged["images"], strict=True)
+    rows = zip(judged.scores[score], verdict.p_value["images"], verdict.flagged["images"], strict=True)
     return {
-        str(source): {wanted: float(score), "p_value": float(p_value), "flagged": bool(flagged)}
-        for source, (score, p_value, flagged) in zip(found.images.source, rows, strict=True)
+        str(source): {score: float(value), "p_value": float(p_value), "flagged": bool(flagged)}
+        for source, (value, p_value, flagged) in zip(judged.images.source, rows, strict=True)
     }
 
 

@@ -10,8 +10,8 @@ from torchvision.transforms.functional import gaussian_blur
 def difference(x: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
     """|x - G(z)| averaged over colours and smoothed: (N, C, H, H) twice, in [-1, 1], to (N, H, H) in [0, 1].
 
-    1 is the whole range from black to white. The Gaussian has a deviation of 1/32 of the side: it spares a scratch or
-    a blot, and evens out what single pixels are off.
+    1 is the whole range from black to white. The Gaussian has a standard deviation of 1/32 of the side: it keeps
+    a blot, and averages out the errors of single pixels.
     """
     sigma = x.shape[-1] / 32
     size = 2 * int(np.ceil(3 * sigma)) + 1

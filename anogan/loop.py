@@ -417,7 +417,7 @@ def _write_losses(path: Path, values: np.ndarray, columns: list[str], steps_per_
 
 
 @torch.no_grad()
-def draw(network: nn.Module, generate: Callable[[], torch.Tensor]) -> Image.Image:
+def sample_grid(network: nn.Module, generate: Callable[[], torch.Tensor]) -> Image.Image:
     """A grid of what is generated, images in [-1, 1], with the network in training as scores use it: in eval mode."""
     network.eval()
     generated = generate()

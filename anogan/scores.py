@@ -70,7 +70,7 @@ class Score:
 def peak(x: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
     """The largest smoothed difference of x and G(z), see `heatmaps.difference`: (N, C, H, H) twice to (N,) in [0, 1].
 
-    For what is small and local: a scratch hardly changes the sum R, which every pixel of the picture is part of.
+    For what is small and local: a blot changes the sum R, over every pixel of the picture, by next to nothing.
     """
     return heatmaps.difference(x, generated).amax((1, 2))
 

@@ -75,7 +75,7 @@ class Verdict:
     brightest: float  # the largest difference among validation normals
 
 
-def judge(scored: dict[str, ScoredSplit], score: str, alpha: float, fdr: float | None) -> Verdict:
+def decide(scored: dict[str, ScoredSplit], score: str, alpha: float, fdr: float | None) -> Verdict:
     """P-values and flags of a score, all from validation normals alone.
 
     Flags are those of `flags`; with `fdr` no threshold belongs to them. Where nothing was searched, nothing is marked.

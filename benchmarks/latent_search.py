@@ -37,7 +37,7 @@ class Config:
     run_dir: Path | None = None  # the run to use; by default the one trained last
     images: int = 512 if OURS.device == "cuda" else 64  # validation normals that our search takes at once
     usual_images: int = 3  # the first of them, which the usual loop searches too, with each step size
-    usual_tuned_lr: float = 0.2  # the step size that suits the usual loop's 401 steps best (benchmarks/README.md)
+    usual_tuned_lr: float = 0.2  # the step size that suits the usual loop's 401 steps best (docs/experiments.md)
     steps: tuple[int, ...] = (0, 25, 50, 100, 150, 200, 250)  # searches of ours to compare with the usual loop's
     archive: int = 10_000  # images of a run, over which the time to draw the candidates is spread
     reference_images: int = 16  # the first of them, searched for --reference-steps

@@ -5,8 +5,8 @@
     torchrun --standalone --nproc-per-node=8 -m detectors.acae   # on eight GPUs
 
 From gan.pt it takes the data set, the normal class and the sizes of the networks, no weights. Writes acae.pt,
-acae-losses.csv and .png, acae-samples.png and .gif to the run folder, and adds to its run.json. However it was
-stopped, the same command goes on from the last acae.pt. evaluate.py then has the score `acae`, which needs no search.
+acae-losses.csv and .png, acae-samples.png and .gif to the run folder, and adds to its run.json. Stop it at any time:
+the same command continues from the last acae.pt. evaluate.py then has the score `acae`, which needs no search.
 Next: python evaluate.py
 """
 
@@ -20,7 +20,8 @@ from torch import nn
 from torch.optim import Adam
 
 import util
-from anogan import images, loop, runs
+from anogan import images, runs
+from anogan.loop import Loop, detector_training, prepare, sample_grid
 from anogan.scores import Score, Source
 from network import Discriminator, Encoder, Generator, initialise_weights
 
@@ -40,8 +41,8 @@ class Config:
     l1_weight: float = 100.0  # lambda: the autoencoder's loss is adversarial + lambda L1
     lr: float = 2e-4  # Adam's step size, for the autoencoder and D
     weight_decay: float = 1e-5  # Adam's pull of the weights towards 0
-    checkpoint_every: str = "10m"  # minutes (10m) or steps (500) between two writes of acae.pt, losses and samples
-    fresh: bool = False  # start over, and replace acae.pt, instead of going on from there
+    checkpoint_every: str = "10m"  # how often to save acae.pt, losses and samples: minutes (10m) or steps (500)
+    fresh: bool = False  # start over and replace acae.pt, instead of continuing it
     tensorboard: bool = False  # also log the losses to tensorboard/ in the run folder, if tensorboard is installed
     seed: int = 0  # of the first weights and the order of the images
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda, cuda:1, cpu, ...
@@ -62,7 +63,7 @@ def autoencoder_loss(
 
 
 def train(
-    batches: loop.Loop,
+    loop: Loop,
     autoencoder: nn.Module,
     discriminator: nn.Module,
     optimizers: tuple[Adam, Adam],
@@ -74,9 +75,9 @@ def train(
     Both networks may be wrapped in DistributedDataParallel.
     """
     optimizer_a, optimizer_d = optimizers
-    judge = getattr(discriminator, "module", discriminator)  # D in the autoencoder's step, which has no gradients for D
-    for x in batches:
-        with batches.autocast:
+    unwrapped = getattr(discriminator, "module", discriminator)  # for the autoencoder's step: no gradients for D
+    for x in loop:
+        with loop.autocast:
             reconstructed = autoencoder(x)
             # losses are computed in full precision again
             real_logits, fake_logits = discriminator(x).to(x.dtype), discriminator(reconstructed.detach()).to(x.dtype)
@@ -84,12 +85,12 @@ def train(
         util.take_step(optimizer_d, loss_d)
 
         discriminator.requires_grad_(False)
-        with batches.autocast:
-            logits = judge(reconstructed).to(x.dtype)
+        with loop.autocast:
+            logits = unwrapped(reconstructed).to(x.dtype)
         loss, adversarial, l1 = autoencoder_loss(x, reconstructed.to(x.dtype), logits, l1_weight)
         util.take_step(optimizer_a, loss)
         discriminator.requires_grad_(True)
-        batches.log(l1=l1, loss_d=loss_d, adversarial=adversarial)
+        loop.log(l1=l1, loss_d=loss_d, adversarial=adversarial)
 
 
 def build(gan: runs.TrainedGAN) -> nn.Sequential:
@@ -117,19 +118,17 @@ SCORES = (Score("acae", "aCAE, reconstruction", ACAE, lambda trained, batch: sco
 def main(config: Config) -> Path:
     """Check what was asked for, read the GAN's images, and train encoder, decoder and D; returns the run folder."""
     util.check_at_least(config, 0, "l1_weight")
-    with loop.detector_training(config, COMMAND, "acae.pt", load) as (gan, training):
+    with detector_training(config, COMMAND, "acae.pt", load) as (gan, training):
         training.settings.update({name: getattr(gan, name) for name in SIZES})
         autoencoder = build(gan).apply(initialise_weights)
         discriminator = Discriminator(gan.image_size, gan.image_channels, gan.ndf).apply(initialise_weights)
-        optimizers = tuple(
-            loop.prepare(network, training.config, gan.device) for network in (autoencoder, discriminator)
-        )
+        optimizers = tuple(prepare(network, training.config, gan.device) for network in (autoencoder, discriminator))
         parts = {"autoencoder": autoencoder, "discriminator": discriminator}
         parts |= {"optimizer_a": optimizers[0], "optimizer_d": optimizers[1]}
         shown = images.to_model(training.images[:64])
-        draw = partial(loop.draw, autoencoder, lambda: autoencoder(shown))
-        with loop.Loop(training, parts, CURVES, draw) as batches:
-            train(batches, batches.share(autoencoder), batches.share(discriminator), optimizers, config.l1_weight)
+        draw = partial(sample_grid, autoencoder, lambda: autoencoder(shown))
+        with Loop(training, parts, CURVES, draw) as loop:
+            train(loop, loop.share(autoencoder), loop.share(discriminator), optimizers, config.l1_weight)
         print(f"next: python evaluate.py --run-dir {util.quoted(gan.run_dir)}")
         return gan.run_dir
 

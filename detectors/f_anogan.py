@@ -5,7 +5,7 @@
     torchrun --standalone --nproc-per-node=8 -m detectors.f_anogan   # on eight GPUs
 
 Writes encoder.pt, encoder-losses.csv and .png, encoder-samples.png and .gif to the run folder, and adds to its
-run.json; gan.pt stays as it is. However it was stopped, the same command goes on from the last encoder.pt. evaluate.py
+run.json; gan.pt stays as it is. Stop it at any time: the same command continues from the last encoder.pt. evaluate.py
 then has the score `f_anogan`, which needs no search, and `fit_latent.py --init encoder` starts its search at E(x).
 Next: python evaluate.py
 """
@@ -20,7 +20,8 @@ from torch import nn
 from torch.optim import Adam
 
 import util
-from anogan import images, loop, runs
+from anogan import images, runs
+from anogan.loop import Loop, detector_training, prepare, sample_grid
 from anogan.scores import Score, Source
 from network import Encoder, initialise_weights
 
@@ -36,8 +37,8 @@ class Config:
     kappa: float = 1.0  # weight of the features in the loss and in the score, 1 in the paper
     lr: float = 2e-4  # Adam's step size
     weight_decay: float = 1e-5  # Adam's pull of the weights towards 0
-    checkpoint_every: str = "10m"  # minutes (10m) or steps (500) between two writes of encoder.pt, losses and samples
-    fresh: bool = False  # start over, and replace encoder.pt, instead of going on from there
+    checkpoint_every: str = "10m"  # how often to save encoder.pt, losses and samples: minutes (10m) or steps (500)
+    fresh: bool = False  # start over and replace encoder.pt, instead of continuing it
     tensorboard: bool = False  # also log the losses to tensorboard/ in the run folder, if tensorboard is installed
     seed: int = 0  # of the first weights and the order of the images
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda, cuda:1, cpu, ...
@@ -60,14 +61,14 @@ def izi_f_loss(
     return (x - generated.to(x.dtype)).square().mean((1, 2, 3)), difference
 
 
-def train(batches: loop.Loop, encoder: nn.Module, optimizer: Adam, gan: runs.TrainedGAN, kappa: float) -> None:
+def train(loop: Loop, encoder: nn.Module, optimizer: Adam, gan: runs.TrainedGAN, kappa: float) -> None:
     """Steps of E by izi_f, A_R + κ A_D, over batches (B, C, H, W) in [-1, 1], with G and D frozen."""
-    for x in batches:
-        with batches.autocast:
+    for x in loop:
+        with loop.autocast:
             parts = izi_f_loss(encoder, gan.generator, gan.discriminator, x)
         residual, features = (part.mean() for part in parts)
         util.take_step(optimizer, residual + kappa * features)
-        batches.log(residual=residual, features=features)
+        loop.log(residual=residual, features=features)
 
 
 def build(gan: runs.TrainedGAN) -> Encoder:
@@ -93,15 +94,15 @@ SCORES = (Score("f_anogan", "f-AnoGAN, encoder", ENCODER, lambda loaded, batch: 
 def main(config: Config) -> Path:
     """Check what was asked for, read the GAN and its images, and train E; returns the run folder."""
     util.check_at_least(config, 0, "kappa")
-    with loop.detector_training(config, COMMAND, "encoder.pt", load) as (gan, training):
+    with detector_training(config, COMMAND, "encoder.pt", load) as (gan, training):
         training.settings["gan"] = gan.fingerprint
         encoder = build(gan).apply(initialise_weights)
-        optimizer = loop.prepare(encoder, training.config, gan.device)
+        optimizer = prepare(encoder, training.config, gan.device)
         shown = images.to_model(training.images[:64])
         parts = {"encoder": encoder, "optimizer": optimizer}
-        draw = partial(loop.draw, encoder, lambda: gan.generator(encoder(shown)))
-        with loop.Loop(training, parts, CURVES, draw) as batches:
-            train(batches, batches.share(encoder), optimizer, gan, config.kappa)
+        draw = partial(sample_grid, encoder, lambda: gan.generator(encoder(shown)))
+        with Loop(training, parts, CURVES, draw) as loop:
+            train(loop, loop.share(encoder), optimizer, gan, config.kappa)
         where = util.quoted(gan.run_dir)
         print(f"next: python evaluate.py --run-dir {where}, or python fit_latent.py --run-dir {where} --init encoder")
         return gan.run_dir

@@ -7,7 +7,7 @@
 To tell the turn, the network must know what the object is: texture is not enough, and colours are changed at random.
 It suits pictures with a canonical orientation whose mirror images are normal too. From gan.pt it takes the data set,
 the normal class and the sizes, no weights. Writes rotnet.pt, rotnet-losses.csv and .png to the run folder, and adds to
-its run.json. However it was stopped, the same command goes on from the last rotnet.pt. evaluate.py then has the scores
+its run.json. Stop it at any time: the same command continues from the last rotnet.pt. evaluate.py then has the scores
 `rotation`, `neighbours`, `mahalanobis` and `combined`. Next: python evaluate.py
 """
 
@@ -24,7 +24,8 @@ from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, normalize, p
 from torch.optim import Adam
 
 import util
-from anogan import images, loop, runs
+from anogan import images, runs
+from anogan.loop import Loop, detector_training, prepare
 from anogan.scores import Score, Source
 from network import channel_multipliers, downward_ladder, initialise_weights
 
@@ -41,8 +42,8 @@ class Config:
     batch_size: int | None = None  # images a step, each in four turns, in each process; by default as the GAN's
     lr: float = 1e-3  # Adam's step size
     weight_decay: float = 1e-5  # Adam's pull of the weights towards 0
-    checkpoint_every: str = "10m"  # minutes (10m) or steps (500) between two writes of rotnet.pt and losses
-    fresh: bool = False  # start over, and replace rotnet.pt, instead of going on from there
+    checkpoint_every: str = "10m"  # how often to save rotnet.pt and losses: minutes (10m) or steps (500)
+    fresh: bool = False  # start over and replace rotnet.pt, instead of continuing it
     tensorboard: bool = False  # also log the losses to tensorboard/ in the run folder, if tensorboard is installed
     seed: int = 0  # of the first weights, the order of the images and how they are moved
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda, cuda:1, cpu, ...
@@ -115,18 +116,18 @@ def turned(x: torch.Tensor) -> list[torch.Tensor]:
     return [x.rot90(turn, (2, 3)).contiguous(memory_format=torch.channels_last) for turn in range(4)]
 
 
-def train(batches: loop.Loop, rotnet: nn.Module, optimizer: Adam) -> None:
+def train(loop: Loop, rotnet: nn.Module, optimizer: Adam) -> None:
     """Steps on batches (B, C, H, H) in [-1, 1], moved and recoloured at random and each image in all four turns."""
-    for x in batches:
+    for x in loop:
         x = recoloured(augmented(x))
         turns = torch.cat([x.rot90(turn, (2, 3)) for turn in range(4)])  # (4 B, C, H, H)
         turns = turns.contiguous(memory_format=torch.channels_last)
         turn = torch.arange(4, device=x.device).repeat_interleave(len(x))  # (4 B,)
-        with batches.autocast:
+        with loop.autocast:
             logits = rotnet(turns)  # (4 B, 4)
         loss = cross_entropy(logits.to(x.dtype), turn)
         util.take_step(optimizer, loss)
-        batches.log(loss=loss, accuracy=(logits.argmax(1) == turn).float().mean())
+        loop.log(loss=loss, accuracy=(logits.argmax(1) == turn).float().mean())
 
 
 def build(gan: runs.TrainedGAN) -> RotNet:
@@ -283,12 +284,12 @@ COMBINED = Score(
 
 def main(config: Config) -> Path:
     """Check what was asked for, read the GAN's images, and train RotNet; returns the run folder."""
-    with loop.detector_training(config, COMMAND, "rotnet.pt", load) as (gan, training):
+    with detector_training(config, COMMAND, "rotnet.pt", load) as (gan, training):
         training.settings.update({name: getattr(gan, name) for name in SIZES})
         rotnet = build(gan).apply(initialise_weights)
-        optimizer = loop.prepare(rotnet, training.config, gan.device)
-        with loop.Loop(training, {"rotnet": rotnet, "optimizer": optimizer}, CURVES) as batches:
-            train(batches, batches.share(rotnet), optimizer)
+        optimizer = prepare(rotnet, training.config, gan.device)
+        with Loop(training, {"rotnet": rotnet, "optimizer": optimizer}, CURVES) as loop:
+            train(loop, loop.share(rotnet), optimizer)
         print(f"next: python evaluate.py --run-dir {util.quoted(gan.run_dir)}")
         return gan.run_dir
 
