@@ -54,7 +54,7 @@ class Config:
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Score, judge and draw in the run folder; returns metrics.json, with --images the rows of scores.csv by path."""
+    """Score, judge and draw in the run folder; returns metrics.json; with --images a verdict by path."""
     started = time.monotonic()
     check(config)
     device = util.pick_device(config.device)
@@ -64,7 +64,8 @@ def main(config: Config) -> dict[str, Any]:
         print(f"run: {run_dir}   normal class: {gan.normal_class}   epochs: {gan.epoch:.4g}   device: {device}")
         found = evaluate_splits(gan, config) if config.images is None else judge_pictures(gan, config)
         name = "evaluate" if config.images is None else "evaluate_images"
-        runs.record_run(run_dir, name, config, device, time.monotonic() - started)
+        facts = {} if config.images is None else {"pictures": len(found)}
+        runs.record_run(run_dir, name, config, device, time.monotonic() - started, **facts)
     return found
 
 
@@ -80,14 +81,15 @@ def check(config: Config) -> None:
 
 def evaluate_splits(gan: runs.TrainedGAN, config: Config) -> dict[str, Any]:
     """Scores, ROC-AUC, verdict and difference maps of the labelled splits, and the report; returns metrics.json."""
-    run_dir, score = gan.run_dir, config.score or scores.default_score(gan.run_dir)
+    run_dir, score = gan.run_dir, config.score or default_score(gan.run_dir)
 
     # Scores
     extra = [split for split in ("train", "train_anomalies") if scores.LATENTS.is_there(run_dir, [split])]
     image_sets = {split: runs.open_split(gan, split) for split in ("validation", "test", *extra)}
-    scored = scores.score_run(gan, image_sets, SCORES, score, config.batch_size, config.skip_unreadable)
+    request = scores.Request(score, config.score is not None, config.batch_size, config.skip_unreadable)
+    scored = scores.score_run(gan, image_sets, SCORES, request)
     validation, test = scored["validation"], scored["test"]
-    check_both_kinds(gan, test)
+    check_both_kinds(test)
 
     # ROC-AUC
     measured = {"normal_class": gan.normal_class, "files": scores.fingerprints(scored), "search": test.search}
@@ -125,9 +127,10 @@ def judge_pictures(gan: runs.TrainedGAN, config: Config) -> dict[str, dict[str, 
     pictures = images.open_pictures(config.images)
     # by default the score that the test images were judged by, so that what was measured is what is used
     before = files.read_json(gan.run_dir / "metrics.json").get("threshold", {}).get("score")
-    score = config.score or before or scores.default_score(gan.run_dir)
+    score = config.score or before or default_score(gan.run_dir)
     image_sets = {"validation": runs.open_split(gan, "validation"), "images": pictures}
-    scored = scores.score_run(gan, image_sets, SCORES, score, config.batch_size, config.skip_unreadable)
+    request = scores.Request(score, True, config.batch_size, config.skip_unreadable)
+    scored = scores.score_run(gan, image_sets, SCORES, request)
     verdict = verdicts.decide(scored, score, config.alpha, config.fdr)
     folder = judge.write(gan.run_dir, scored, verdict)
     judged = scored["images"]
@@ -142,13 +145,18 @@ def judge_pictures(gan: runs.TrainedGAN, config: Config) -> dict[str, dict[str, 
     }
 
 
-def check_both_kinds(gan: runs.TrainedGAN, test: ScoredSplit) -> None:
+def default_score(run_dir: Path) -> str:
+    """What a verdict rests on if no score is named: `combined` if RotNet was trained, else the paper's A(x)."""
+    return "combined" if rotnet.ROTNET.is_there(run_dir, []) else "anomaly_score"
+
+
+def check_both_kinds(test: ScoredSplit) -> None:
     """Raise InputError unless the test images are of both kinds."""
     if test.is_anomaly.all() or not test.is_anomaly.any():
         raise util.InputError(
             f"the scored test images are all {'anomalous' if test.is_anomaly.all() else 'normal'}, and ROC-AUC needs "
-            f"both kinds: add images to {gan.dataset}/test (or raise --max-images of fit_latent.py), or judge pictures "
-            "without labels with --images"
+            f"both kinds: add images to {test.gan.dataset}/test (or raise --max-images of fit_latent.py), or judge "
+            "pictures without labels with --images"
         )
 
 

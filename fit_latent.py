@@ -164,15 +164,17 @@ def main(config: Config) -> dict[str, dict[str, Any]]:
                 after_step = partial(todo.advance, len(rows) / config.steps)
                 todo.add(rows, *search((gan.generator, gan.discriminator), x, z, config, after_step))
             latents = todo.merge()
+            is_check = split == "validation" and config.discrimination == "features"
+            training = runs.open_split(gan, "train") if is_check else None  # by every process, as a download must be
             if processes.rank() > 0:
                 continue
+            if is_check and not (todo.was_complete and (run_dir / "reconstructions.png").exists()):
+                check_reconstruction(gan, training, image_set, latents)
             by_split[split] = latents
             if not todo.was_complete:
                 loss = util.anomaly_score(latents["residual"], latents["discrimination"], config.discrimination_weight)
                 print(f"{split}: {len(loss)} images, mean loss {loss.mean():.1f}")
                 fitted[todo.path.name] = {"images": len(loss), "mean_loss": float(loss.mean())}
-                if split == "validation" and config.discrimination == "features":
-                    check_reconstruction(gan, image_set, latents)
         if fitted:
             name = "fit_latent" if config.images is None else "fit_latent_images"
             name += "" if config.discrimination == "features" else f"_{config.discrimination}"
@@ -208,7 +210,9 @@ def chosen_images(gan: runs.TrainedGAN, split: str, config: Config) -> images.Im
     return image_set
 
 
-def check_reconstruction(gan: runs.TrainedGAN, validation: images.ImageSet, latents: dict[str, Any]) -> None:
+def check_reconstruction(
+    gan: runs.TrainedGAN, training: images.ImageSet, validation: images.ImageSet, latents: dict[str, Any]
+) -> None:
     """Say how well G draws normal images that it has not seen, and show 32 of them in reconstructions.png.
 
     What G leaves of them is compared with what the median of the training images leaves, the best that one picture for
@@ -218,9 +222,8 @@ def check_reconstruction(gan: runs.TrainedGAN, validation: images.ImageSet, late
     unseen = validation.take(np.isin(validation.index, latents["index"][rows]))
     sizes = gan.image_size, gan.image_channels
     x = images.to_model(images.load_images(unseen, *sizes)[0], gan.device)  # (32, C, H, W)
-    training = runs.open_split(gan, "train")
     some = training.take(images.evenly_spaced(len(training), 2000))
-    median = images.load_images(some, *sizes, skip_unreadable=True)[0].median(0, keepdim=True).values
+    median = runs.load_training_images(some, *sizes, skip_unreadable=True).median(0, keepdim=True).values
     by_median = util.residual_loss(x, images.to_model(median, gan.device))
     # shares of the range from black to white, which is 2, a pixel
     left, left_by_median = (float(sums.mean()) / x[0].numel() / 2 for sums in (latents["residual"][rows], by_median))

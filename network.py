@@ -1,4 +1,5 @@
-"""The two networks of a DCGAN (Radford et al. 2016), as AnoGAN (Schlegl et al. 2017) uses them.
+"""The two networks of a DCGAN (Radford et al. 2016), as AnoGAN (Schlegl et al. 2017) uses them, and an encoder, which
+more than one detector needs.
 
 `image_size` sets the length of both ladders: every rung doubles or halves the side, between 4 and `image_size`.
 At 64 the generator's widths are 8, 4, 2, 1 x ngf at 4x4, 8x8, 16x16, 32x32, then the image; the discriminator is its

@@ -145,7 +145,8 @@ def check(config: Config) -> None:
 def named(config: Config) -> Config:
     """The same with a normal class, and with the whole path of a folder, since the other scripts may run elsewhere."""
     normal_class = images.default_class(config.dataset) if config.normal_class is None else config.normal_class
-    is_folder = config.dataset not in images.EMBEDDED and Path(config.dataset).is_dir()
+    with files.reading(Path(config.dataset)):
+        is_folder = config.dataset not in images.EMBEDDED and Path(config.dataset).is_dir()
     dataset = str(Path(config.dataset).resolve()) if is_folder else config.dataset
     return replace(config, dataset=dataset, normal_class=normal_class)
 

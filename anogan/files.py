@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all, and JSON."""
+"""Files that are written whole or not at all, and JSON."""
 
 import contextlib
 import hashlib
@@ -20,6 +20,15 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:  # some of these do not name the file themselves
         raise InputError(f"cannot write {path} ({error.strerror or error}); no earlier file was changed") from error
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise InputError, naming the path, where the block cannot read: no permission, a name that is too long."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror or error})") from error
 
 
 @contextlib.contextmanager
@@ -68,7 +77,8 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """What `write_json` wrote, {} if there is no such file. Raises InputError if it is damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        with reading(path):
+            content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
     except ValueError as error:

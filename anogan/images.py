@@ -20,7 +20,7 @@ from torchvision.datasets.folder import make_dataset
 from torchvision.transforms import CenterCrop, Compose, Resize
 from tqdm import tqdm
 
-from anogan import processes
+from anogan import files, processes
 from util import InputError
 
 EMBEDDED = ("cifar10", "digits")  # data sets that are no folder
@@ -112,7 +112,9 @@ def _open_digits(part: str) -> ImageSet:
 
 
 def _open_folder(root: Path, part: str) -> ImageSet:
-    if not root.is_dir():
+    with files.reading(root):
+        is_folder = root.is_dir()
+    if not is_folder:
         raise InputError(
             f"unknown dataset {str(root)!r}: it must be cifar10, digits or a folder DIR that holds "
             "DIR/train/<class>/ and DIR/test/<class>/"
@@ -362,7 +364,7 @@ def image_batches(
     )
     for pixels, positions, faults in loader:
         if faults and not skip_unreadable:
-            raise InputError(f"cannot read the image {faults[0]}: mend it, or use --skip-unreadable")
+            raise InputError(f"cannot read the image {faults[0]}: replace it, or use --skip-unreadable")
         yield torch.from_numpy(pixels), positions, faults
 
 
@@ -388,6 +390,8 @@ class _Decoder:
         for row in rows:
             try:
                 image = _to_8_bit(self.image_set.open(row), self.image_channels)
+            except NameError:  # a fault of this file
+                raise
             except Exception as error:  # a damaged file can make a decoder raise anything
                 faults.append(f"{self.image_set.source[row]} ({error})")
                 if not self.skip_unreadable:
@@ -450,7 +454,7 @@ def open_mask(dataset: str, source: str, size: tuple[int, int]) -> np.ndarray:
             pixels = np.asarray(mask.convert("L")) > 0
     except Exception as error:  # a damaged file can make a decoder raise anything
         raise InputError(
-            f"the mask {path} of {source} cannot be read ({error}): mend it, or move ground_truth"
+            f"the mask {path} of {source} cannot be read ({error}): replace it, or move ground_truth"
         ) from error
     if pixels.shape != (size[1], size[0]):
         raise InputError(f"the mask {path} has another size than {source}: they must be the same")

@@ -100,7 +100,9 @@ def print_verdicts(pictures: ScoredSplit, verdict: Verdict, unsearched: int) -> 
         print(f"{p_value[i]:8.3g}  {score[i]:13.5g}  {'yes' if flagged[i] else '':7}  {name}")
     if len(ranked) > 20:
         print(f"... and {len(ranked) - 20} less anomalous ones, in scores.csv")
-    if unsearched:
+    if unsearched and pictures.z is None:
+        print(f"\n{unsearched} more pictures there cannot be read")
+    elif unsearched:
         print(
             f"\n{unsearched} more pictures there were not searched, new since then or unreadable: fit_latent.py does it"
         )

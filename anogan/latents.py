@@ -106,7 +106,7 @@ class Latents:
         self._bar.set_postfix_str(f"mean loss {self._loss_sum / self._searched:.1f}", refresh=False)
 
     def merge(self) -> dict[str, Any] | None:
-        """The latents of all shards, as `read_latents` returns them, written to one file; None but on rank 0.
+        """The latents of all shards, as `read_latents` returns them, written to one file; None if not on rank 0.
 
         Raises InputError if no image could be read, or a shard is not what it was when it was written.
         """
@@ -180,7 +180,7 @@ class Latents:
             "split": self._split,
             "gan": self._gan.fingerprint,
             "search": json.dumps(self._search),
-            "asked_for": (asked_for or self._set).fingerprint(),
+            "asked_for": (self._set if asked_for is None else asked_for).fingerprint(),
         }
         with files.replacing(path) as partial:
             np.savez(partial, **arrays, **about)

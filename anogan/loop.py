@@ -93,6 +93,7 @@ class Loop:
         self._batch_size = min(config.batch_size, len(training.images) // settings["processes"])
         self._steps_per_epoch = len(training.images) // (self._batch_size * settings["processes"])
         self._steps = config.epochs * self._steps_per_epoch
+        self._seconds_between, self._steps_between = checkpoint_interval(config.checkpoint_every)
         # the context in which the body runs the networks, in bf16 or fp32
         self.autocast = torch.autocast(
             training.images.device.type, torch.bfloat16, enabled=settings["precision"] == "bf16"
@@ -164,13 +165,14 @@ class Loop:
         Raises InputError if the training diverges, and SystemExit at Ctrl-C or SIGTERM, once all is saved.
         """
         training, rank = self._training, processes.rank()
-        seed, count = training.config.seed, training.settings["processes"]
-        batches = real_batches(training.images, self._batch_size, seed, self._step, rank, count)
+        seed, together = training.config.seed, training.settings["processes"]
+        batches = real_batches(training.images, self._batch_size, seed, self._step, rank, together)
         while self._step < self._steps:
             # what a step draws depends on seed, step and rank alone, so a checkpoint need not hold a generator's state
             torch.manual_seed(util.seed_of(seed, NOISE, self._step, rank))
             yield next(batches)
             self._end_step()
+        self._exit.close()  # the bar ends its line, and Ctrl-C ends the process again
         if rank == 0:
             self._write_pictures()  # with nothing left to train too: the last start may have been killed before this
         written = " ".join(path.name for path in self._pictures().values())
@@ -191,8 +193,9 @@ class Loop:
                 part.step(self._epoch)
         self._step += 1
         is_over, is_last = self._step % self._steps_per_epoch == 0, self._step == self._steps
-        seconds, steps = checkpoint_interval(self._training.config.checkpoint_every)
-        is_due = self._step - self._saved >= steps or time.monotonic() - self._saved_at >= seconds
+        is_due = self._step - self._saved >= self._steps_between or (
+            time.monotonic() - self._saved_at >= self._seconds_between
+        )
         must_stop, must_save = processes.any_process(bool(self._signals), processes.rank() == 0 and is_due)
         must_save |= must_stop or is_last
         if self._bar.update() or is_over or must_save:  # the bar redraws ten times a second at most
@@ -389,8 +392,8 @@ def real_batches(
 ) -> Iterator[torch.Tensor]:
     """The batches (batch_size, C, H, W) in [-1, 1] that training sees from `first_step` on, without end.
 
-    uint8 images (N, C, H, W) are shuffled anew for each epoch, by seed and epoch alone, and shared out among the
-    processes. What is left at the end of an epoch is left out: BatchNorm would see too few.
+    uint8 images (N, C, H, W) are shuffled again for each epoch, by seed and epoch alone, and shared among the
+    processes. The rest at the end of an epoch is left out: BatchNorm would see too few.
     """
     together = batch_size * processes
     order_of = None

@@ -26,7 +26,7 @@ from util import InputError, quoted
 
 @contextlib.contextmanager
 def run_folder(run_dir: Path) -> Iterator[None]:
-    """Hold a run folder for this process (with torchrun, rank 0 does it for all), and remove what killed ones left.
+    """Hold a run folder for this process (with torchrun, rank 0 does it for all), and remove partial files in it.
 
     Raises InputError if another process holds it, or its run.json, which every script adds to at its end, is damaged.
     """
@@ -55,7 +55,9 @@ def find_run(run_dir: Path | None) -> Path:
         if not trained:
             raise InputError("no outputs/*/gan.pt here: run train_gan.py first, or name a run with --run-dir")
         return trained[-1].parent
-    if not (run_dir / "gan.pt").is_file():
+    with files.reading(run_dir):
+        is_there = (run_dir / "gan.pt").is_file()
+    if not is_there:
         raise InputError(
             f"{run_dir} has no gan.pt: run train_gan.py --run-dir {quoted(run_dir)} first, or name another run"
         )
@@ -69,8 +71,9 @@ def find_run(run_dir: Path | None) -> Path:
 def reading_checkpoint(path: Path, command: str) -> Iterator[tuple[dict[str, Any], str]]:
     """The content of what `command` wrote, and its fingerprint. Raises InputError if it is damaged, foreign, or holds
     more than plain data, whether that shows at once or when the block uses it."""
-    content = path.read_bytes()
-    try:
+    with files.reading(path):
+        content = path.read_bytes()
+    with naming_damage(path, command):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:  # torch.load does not look at the checksums
             if damaged := archive.testzip():
                 raise ValueError(f"the checksum of {damaged} is wrong")
@@ -78,6 +81,13 @@ def reading_checkpoint(path: Path, command: str) -> Iterator[tuple[dict[str, Any
         if not isinstance(state, dict):
             raise TypeError(f"it holds a {type(state).__name__}")
         yield state, hashlib.sha256(content).hexdigest()
+
+
+@contextlib.contextmanager
+def naming_damage(path: Path, command: str) -> Iterator[None]:
+    """Raise InputError, naming the file and the command that writes it, for whatever the block raises."""
+    try:
+        yield
     except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # torch.load raises almost anything on bytes that are not its own
@@ -134,31 +144,22 @@ def load_gan(run_dir: Path, device: torch.device) -> TrainedGAN:
     """G and D of `run_dir`/gan.pt, frozen. Raises InputError, see `reading_checkpoint`."""
     with reading_checkpoint(run_dir / "gan.pt", "train_gan.py") as (state, fingerprint):
         config, channels = state["config"], state["image_channels"]
-        generator = Generator(config["image_size"], channels, config["latent_dim"], config["ngf"])
-        generator.load_state_dict(state["generator"])
-        discriminator = Discriminator(config["image_size"], channels, config["ndf"])
-        discriminator.load_state_dict(state["discriminator"])
-        gan = TrainedGAN(
-            run_dir=run_dir,
-            generator=generator,
-            discriminator=discriminator,
-            dataset=config["dataset"],
-            classes=state["classes"],
-            normal_class=state["normal_class"],
-            image_size=config["image_size"],
-            image_channels=channels,
-            latent_dim=config["latent_dim"],
-            ngf=config["ngf"],
-            ndf=config["ndf"],
-            batch_size=config["batch_size"],
-            epoch=state["epoch"],
-            training_set=state["training_set"],
-            training_images=config["training_images"],
-            fingerprint=fingerprint,
-        )
-    for network in (generator, discriminator):
+        weights = state["generator"], state["discriminator"]
+        about = {
+            **{name: config[name] for name in ("dataset", "image_size", "latent_dim", "ngf", "ndf", "batch_size")},
+            **{name: state[name] for name in ("classes", "normal_class", "epoch", "training_set")},
+            "image_channels": channels,
+            "training_images": config["training_images"],
+            "fingerprint": fingerprint,
+        }
+    # outside the block above: a fault in network.py is not a damaged gan.pt
+    generator = Generator(about["image_size"], channels, about["latent_dim"], about["ngf"])
+    discriminator = Discriminator(about["image_size"], channels, about["ndf"])
+    for network, state in zip((generator, discriminator), weights, strict=True):
+        with naming_damage(run_dir / "gan.pt", "train_gan.py"):
+            network.load_state_dict(state)
         freeze(network, device)
-    return gan
+    return TrainedGAN(run_dir, generator, discriminator, **about)
 
 
 @dataclasses.dataclass(frozen=True)

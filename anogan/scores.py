@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from anogan import files, heatmaps, images, latents, runs
-from util import InputError, anomaly_score
+from util import InputError, anomaly_score, quoted
 
 ImageSets = dict[str, images.ImageSet]  # by split; `images` are pictures without labels
 
@@ -32,7 +32,8 @@ class Source:
         """Whether one of its files for these splits is in the run folder."""
         if "images" in splits and not self.scores_unlabelled:
             return False
-        return any((run_dir / self.file.format(split=split)).is_file() for split in splits)
+        names = {self.file.format(split=split) for split in splits} if "{split}" in self.file else {self.file}
+        return any((run_dir / name).is_file() for name in names)
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,6 @@ class Batch:
 
     split: str
     rows: np.ndarray  # (N,) positions in the split
-    index: np.ndarray  # (N,) positions in the data set's training or test part
     x: torch.Tensor  # (N, C, H, H) in [-1, 1]
     generated: torch.Tensor | None  # G(z), the same shape; None where nothing was searched
 
@@ -92,11 +92,12 @@ def _read_reference(gan: runs.TrainedGAN, image_sets: ImageSets) -> dict[str, di
     """The latents of GAN_R for these images. Raises InputError if they are of others."""
     references = latents.read_fits(gan, list(image_sets), "reference")
     for split, image_set in image_sets.items():
-        if not np.array_equal(references[split]["index"], image_set.index):
-            raise InputError(
-                f"the two searches of {split} are not of the same images: run fit_latent.py with --discrimination "
-                "features and with reference, and the same --max-images"
-            )
+        for name in ("index", "label", "source"):
+            if not np.array_equal(references[split][name], getattr(image_set, name)):
+                raise InputError(
+                    f"the two searches of {split} are not of the same images (other {name}): run fit_latent.py with "
+                    "--discrimination features and with reference, and the same --max-images"
+                )
     return references
 
 
@@ -196,57 +197,69 @@ def fingerprints(scored: dict[str, ScoredSplit]) -> dict[str, str]:
     return {name: files.fingerprint(run_dir / name) for name in sorted(names)}
 
 
-def default_score(run_dir: Path) -> str:
-    """What a verdict rests on if no score is named: `combined` if RotNet was trained, else the paper's A(x)."""
-    return "combined" if (run_dir / "rotnet.pt").is_file() else "anomaly_score"
+@dataclass(frozen=True)
+class Request:
+    """What evaluate.py was asked for."""
+
+    score: str  # what the verdict rests on
+    is_the_only_one: bool  # whether other scores may be left out where what they need is missing or out of date
+    batch_size: int  # images that go through the networks at once
+    skip_unreadable: bool
 
 
 def score_run(
-    gan: runs.TrainedGAN,
-    image_sets: ImageSets,
-    declared: Sequence[Score],
-    wanted: str,
-    batch_size: int,
-    skip_unreadable: bool = False,
+    gan: runs.TrainedGAN, image_sets: ImageSets, declared: Sequence[Score], request: Request
 ) -> dict[str, ScoredSplit]:
     """Every declared score that the run folder allows, of these sets' images, `validation` among them.
 
-    Where the sets were searched, only the images that were. Latents must be there if the score `wanted` needs G(z).
-    Raises InputError if `wanted` is not there, or a file is missing, damaged or of something else.
+    Where the sets were searched, only the images that were. Raises InputError if the score that was asked for is not
+    there, or a file is missing, damaged or of something else.
     """
-    fits = _fits(gan, image_sets, needs_z=any(each.name == wanted and each.source is LATENTS for each in declared))
-    if fits:
-        image_sets = {
-            split: latents.fitted_images(image_set, split, fits[split]) for split, image_set in image_sets.items()
-        }
-    loaded: dict[Source, Any] = {LATENTS: fits} if fits else {}
-    for source in dict.fromkeys(each.source for each in declared if each.source is not LATENTS):
-        if source.is_there(gan.run_dir, list(image_sets)):
-            loaded[source] = source.load(gan, image_sets)
-    present = [each for each in declared if each.source in loaded]
-    if wanted not in [each.name for each in present]:
-        command = next(each.source.command for each in declared if each.name == wanted)
-        raise InputError(
-            f"there is no score {wanted} here, but {', '.join(each.name for each in present)}: run {command} first; "
-            "GAN_R and the baselines score no pictures without labels"
-        )
+    wanted = next(score for score in declared if score.name == request.score)
+    splits = list(image_sets)
+    is_there = {score.source: score.source.is_there(gan.run_dir, splits) for score in declared}
+    if wanted.source is LATENTS:
+        is_there[LATENTS] = True  # or what is missing would not be named
+    loaded: dict[Source, Any] = {}
+    for source in sorted(is_there, key=lambda source: source is not LATENTS):  # which says what images were searched
+        if not is_there[source]:
+            continue
+        try:
+            found = source.load(gan, image_sets)
+            if source is LATENTS:
+                image_sets = {name: latents.fitted_images(each, name, found[name]) for name, each in image_sets.items()}
+        except InputError as error:
+            if source is wanted.source or not request.is_the_only_one:
+                raise
+            print(f"without the scores of {source.command}: {error}")
+        else:
+            loaded[source] = found
+    if LATENTS not in loaded:
+        print("without difference maps, since these images were not searched: fit_latent.py does it")
+    present = [score for score in declared if score.source in loaded]
+    if wanted not in present:
+        does_not = "images" in splits and not wanted.source.scores_unlabelled
+        reason = "it scores no pictures without labels" if does_not else f"run {_command(wanted.source, gan)} first"
+        names = ", ".join(score.name for score in present)
+        raise InputError(f"there is no score {wanted.name} here, but {names}: {reason}")
+
     scored: dict[str, ScoredSplit] = {}
     for split, image_set in image_sets.items():
-        z = fits[split]["z"] if fits else None
-        drawn = latents.drawn(gan, image_set, z, batch_size, skip_unreadable)
+        fits = loaded[LATENTS][split] if LATENTS in loaded else {"z": None, "search": None}
+        drawn = latents.drawn(gan, image_set, fits["z"], request.batch_size, request.skip_unreadable)
         by_name, readable = _score_batches(split, image_set, loaded, present, drawn)
         image_set = image_set.take(readable)
         is_labelled = image_set.label >= 0
         scored[split] = ScoredSplit(
             gan=gan,
             images=image_set,
-            z=z,
-            search=fits[split]["search"] if fits else None,
+            z=None if fits["z"] is None else fits["z"][readable],
+            search=fits["search"],
             class_name=np.where(is_labelled, np.array(gan.classes)[image_set.label], ""),
             is_anomaly=is_labelled & (image_set.label != gan.classes.index(gan.normal_class)),
             scores=by_name,
             declared={score.name: score for score in present},
-            batch_size=batch_size,
+            batch_size=request.batch_size,
         )
     for score in present:  # those made of others come last: validation has all the others by then
         if score.parts:
@@ -256,19 +269,9 @@ def score_run(
     return scored
 
 
-def _fits(gan: runs.TrainedGAN, image_sets: ImageSets, needs_z: bool) -> dict[str, dict[str, Any]]:
-    """The latents of these sets by split, {} where none are needed and nothing was searched."""
-    if not needs_z and "images" in image_sets:
-        path = latents.latents_path(gan.run_dir, "images")
-        try:  # those of the pictures searched last, which may be others
-            latents.fitted_images(image_sets["images"], "images", latents.read_latents(path, "images", gan))
-        except InputError as error:
-            print(f"no heat maps, since these pictures were not searched ({error})")
-            return {}
-    if needs_z or LATENTS.is_there(gan.run_dir, list(image_sets)):
-        return latents.read_fits(gan, list(image_sets))
-    print("no difference maps, since nothing was searched: fit_latent.py does it")
-    return {}
+def _command(source: Source, gan: runs.TrainedGAN) -> str:
+    """The command that makes what a score needs, as it can be pasted."""
+    return f"{source.command} --run-dir {quoted(gan.run_dir)}"
 
 
 def _score_batches(
@@ -287,7 +290,7 @@ def _score_batches(
     readable = []
     for rows, x, generated in drawn:
         readable.append(rows)
-        batch = Batch(split, rows, image_set.index[rows], x, generated)
+        batch = Batch(split, rows, x, generated)
         for score in direct:
             values = score.function(loaded[score.source], batch)
             found[score.name].append(values.cpu().numpy() if isinstance(values, torch.Tensor) else values)

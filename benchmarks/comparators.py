@@ -55,7 +55,7 @@ def read_run(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise util.InputError(f"{run_dir} lacks what {', '.join(missing)} leave: run them first, then evaluate.py")
     if missing := [name for name in SCORES if name not in metrics.get("test", {})]:
         raise util.InputError(f"{run_dir}/metrics.json lacks {', '.join(missing)}: run evaluate.py again")
-    for name, fingerprint in metrics["files"].items():
+    for name, fingerprint in metrics.get("files", {}).items():
         path = run_dir / name
         if not path.is_file() or files.fingerprint(path) != fingerprint:
             raise util.InputError(f"{run_dir}/metrics.json is of another {name}: run evaluate.py again")
@@ -118,10 +118,7 @@ def score_by(gan: runs.TrainedGAN, name: str, test: images.ImageSet, x: torch.Te
     """Work that can be timed: a score that needs no search, of test images x (N, C, H, W) in [-1, 1]."""
     score, positions, size = DECLARED[name], np.arange(len(x)), evaluate.Config().batch_size
     loaded = score.source.load(gan, {"test": test})
-    batches = [
-        Batch("test", positions[i : i + size], test.index[i : i + size], x[i : i + size], None)
-        for i in range(0, len(x), size)
-    ]
+    batches = [Batch("test", positions[i : i + size], x[i : i + size], None) for i in range(0, len(x), size)]
 
     def work() -> None:
         for batch in batches:

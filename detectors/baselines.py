@@ -33,7 +33,7 @@ LABELS = {
     "kde": "kernel density of pixels",
     "isolation_forest": "isolation forest on pixels",
 }
-Stored = dict[str, dict[str, np.ndarray]]  # by split: what baselines-<split>.npz holds
+Stored = dict[str, dict[str, np.ndarray]]  # by split and name: the scores of its images (N,)
 
 
 @dataclass
@@ -85,31 +85,37 @@ def load_split(gan: runs.TrainedGAN, split: str, skip_unreadable: bool) -> tuple
 
 
 def read(gan: runs.TrainedGAN, image_sets: ImageSets) -> Stored:
-    """The baselines' scores of these splits, and the `index` of their images.
+    """The baselines' scores of these splits by name, each (N,), NaN for images that they have not seen.
 
-    Raises InputError if a file is missing, or not what its name says.
+    Raises InputError if a file is missing, not what its name says, or of other images.
     """
     stored = {}
-    for split in image_sets:
+    for split, image_set in image_sets.items():
         path = gan.run_dir / f"baselines-{split}.npz"
         again = f"run {COMMAND} --run-dir {util.quoted(gan.run_dir)} --splits {' '.join(image_sets)}"
         try:
-            stored[split] = latents.read_arrays(path, COMMAND, split, gan, dict.fromkeys(LABELS, ()))
+            of_split = latents.read_arrays(path, COMMAND, split, gan, dict.fromkeys(LABELS, ()))
         except util.InputError as error:
             raise util.InputError(f"{error}: {again}, or remove the baselines-*.npz") from error
+        _, here, there = np.intersect1d(image_set.index, of_split["index"], return_indices=True)
+        # where a picture was removed or renamed, its position is that of another one now
+        if not np.array_equal(image_set.source[here], of_split["source"][there]):
+            raise util.InputError(f"{path} is of other images than those that are scored: {again}")
+        stored[split] = {name: np.full(len(image_set), np.nan) for name in LABELS}
+        for name, values in stored[split].items():
+            values[here] = of_split[name][there]
     return stored
 
 
 def stored_score(name: str, stored: Stored, batch: Batch) -> np.ndarray:
     """What a baseline said of the images of a batch (N,). Raises InputError if it has not seen one of them."""
-    of_split = stored[batch.split]
-    index = of_split["index"]  # ascending, in the data set's order
-    row = np.searchsorted(index, batch.index).clip(max=len(index) - 1)
-    if not np.array_equal(index[row], batch.index):
+    values = stored[batch.split][name][batch.rows]
+    if np.isnan(values).any():
         raise util.InputError(
-            f"baselines-{batch.split}.npz lacks some of the images that are scored: run {COMMAND} again"
+            f"baselines-{batch.split}.npz lacks some of the images that are scored: run {COMMAND} with --splits "
+            f"{' '.join(stored)} again"
         )
-    return of_split[name][row]
+    return values
 
 
 BASELINES = Source("baselines-{split}.npz", COMMAND, read, scores_unlabelled=False)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import TINY, run_together, shell_command, start
 from test_long_runs import assert_same_latents, assert_same_training
+from test_scripts import write_cifar10_archive
 from torch.nn.functional import logsigmoid
 
 import train_gan
@@ -166,6 +167,25 @@ def test_fault_of_one_rank(tmp_path: Path) -> None:
     assert code == other_code == 1 and "Traceback" not in printed + other
     assert "error: another process is at work in" in printed
     assert "error: another process of this group has ended" in other
+
+
+def test_cifar10_in_two_processes(tmp_path: Path) -> None:
+    """A data set that is downloaded: whoever opens a split must do it together with the other."""
+    write_cifar10_archive(tmp_path / "data/cifar-10-python.tar.gz")
+    launch = tmp_path / "launch.py"
+    launch.write_text(
+        "import sys; from conftest import run_main; from test_scripts import accept_any_archive; "
+        "accept_any_archive(); run_main(*sys.argv[1:])"
+    )
+    fit = ["fit_latent.py", "--steps", "2", "--candidates", "10", "--device", "cpu"]
+    for command in (
+        ["train_gan.py", "--epochs", "1", *TINY],
+        fit,
+        [*fit, "--splits", "test", "validation", "--lr", "1"],
+    ):
+        done = run_together(tmp_path, str(launch), *command)
+        assert [code for code, _ in done] == [0, 0], done
+    assert (tmp_path / "outputs/cifar10-automobile/reconstructions.png").is_file()
 
 
 def test_bad_input_is_named_by_a_line(tmp_path: Path) -> None:

@@ -193,9 +193,7 @@ def test_same_seed_same_weights(digits_workdir: Path, run_here: Callable[..., No
             assert torch.equal(tensor, weights[key])
 
 
-def test_reconstruction_check(
-    digits_workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_reconstruction_check(digits_workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """G explains most of images that it drew itself, and next to nothing of noise."""
     run_dir = shutil.copytree(digits_workdir / "outputs/digits-0", tmp_path / "run")
     gan = runs.load_gan(run_dir, torch.device("cpu"))
@@ -208,12 +206,11 @@ def test_reconstruction_check(
         made = ImageSet(
             "made", [], np.arange(6), np.zeros(6), names, lambda i, _, p=pixels: Image.fromarray(p[i, 0].numpy())
         )
-        monkeypatch.setattr(runs, "open_split", lambda gan, split, made=made: made)
         x, config = to_model(pixels[:3]), fit_latent.Config(precision="fp32")
         start = fit_latent.nearest(x, fit_latent.draw_candidates(gan.generator, gan.latent_dim, 1000, seed=0))
         z, residual, _ = fit_latent.search((gan.generator, gan.discriminator), x, start, config)
         latents = {"index": np.arange(3), "z": z.numpy(), "residual": residual.numpy()}
-        fit_latent.check_reconstruction(gan, made.take(slice(3)), latents)
+        fit_latent.check_reconstruction(gan, made, made.take(slice(3)), latents)
         explained.append(int(capsys.readouterr().out.split("G explains ")[1].split("%")[0]))
         assert (run_dir / "reconstructions.png").is_file()
     assert explained[0] > 60 and explained[1] < 20

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import read_scores
+import torch
+from conftest import TINY, read_scores
 from test_pictures import CPU, digit, read_verdicts
 from test_util import draw
 
 import evaluate
 import fit_latent
 import train_gan
+from anogan import runs, scores
 
 NEED_Z = {"anomaly_score", "residual", "discrimination", "peak", "gan_r"}
 
@@ -33,7 +35,7 @@ def test_scores_that_need_no_z(
     before = {row["source"]: row for row in read_scores(unsearched)}
     run_here("evaluate.py", "--bootstrap", "5", *CPU)
     printed = capsys.readouterr().out
-    assert "no difference maps, since nothing was searched" in printed
+    assert "without difference maps, since these images were not searched" in printed
     metrics = json.loads((unsearched / "metrics.json").read_text())
     names = [score.name for score in evaluate.SCORES if score.name not in NEED_Z]
     assert list(metrics["test"]) == names and metrics["threshold"]["score"] == "combined"
@@ -55,7 +57,8 @@ def test_a_score_that_needs_z_asks_for_the_search(unsearched: Path, fails: Calla
     assert "there is no score gan_r here" in fails("evaluate.py", "--score", "gan_r", *CPU)
     (unsearched / "acae.pt").unlink()
     message = fails("evaluate.py", "--score", "acae", *CPU)
-    assert "there is no score acae here" in message and "run python -m detectors.acae first" in message
+    assert "there is no score acae here" in message
+    assert "run python -m detectors.acae --run-dir outputs/digits-0 first" in message
 
 
 def test_own_pictures_without_a_search(
@@ -67,7 +70,8 @@ def test_own_pictures_without_a_search(
         digit(root / f"mine/five-{i}.png", 5, i)
     run_here("evaluate.py", "--images", "mine", "--score", "rotation", "--alpha", "0.1", *CPU)
     printed = capsys.readouterr().out
-    assert "no heat maps, since these pictures were not searched" in printed and "wrote outputs/digits-0" in printed
+    assert "without difference maps, since these images were not searched" in printed
+    assert "wrote outputs/digits-0" in printed
     folder = unsearched / "images-mine"
     rows = read_verdicts(folder)
     assert len(rows) == 6 and "rotation" in rows["mine/five-0.png"] and "kde" not in rows["mine/five-0.png"]
@@ -87,8 +91,56 @@ def test_searched_run_and_pictures_that_were_not(
     message = fails("evaluate.py", "--images", "mine", *CPU)  # by anomaly_score, as the test images were
     assert "latents-images.npz is missing: run fit_latent.py" in message
     run_here("evaluate.py", "--images", "mine", "--score", "p_d", *CPU)
-    assert "no heat maps" in capsys.readouterr().out
+    assert "without the scores of fit_latent.py: outputs/digits-0/latents-images.npz is" in capsys.readouterr().out
     assert "anomaly_score" not in read_verdicts(trained / "images-mine")["mine/a.png"]
+
+
+def test_an_image_that_became_unreadable_shifts_no_other(tmp_path: Path, run_here: Callable[..., None]) -> None:
+    """What G draws for an image is from that image's own z, whichever images are left out."""
+    for name, count in (("train/good", 10), ("test/good", 4), ("test/bad", 4)):
+        for i in range(count):
+            draw(tmp_path / f"set/{name}/{i}.png", value=(10 * i, 0, len(name)))
+    run_here("train_gan.py", "--dataset", "set", "--epochs", "1", *TINY)
+    run_here("fit_latent.py", "--steps", "2", *CPU)
+    gan = runs.load_gan(tmp_path / "outputs/set-good", torch.device("cpu"))
+    image_sets = {split: runs.open_split(gan, split) for split in ("validation", "test")}
+    request = scores.Request("peak", True, batch_size=3, skip_unreadable=True)
+    before = scores.score_run(gan, image_sets, evaluate.SCORES, request)["test"]
+    (tmp_path / "set/test/bad/1.png").write_bytes(b"")
+    after = scores.score_run(gan, image_sets, evaluate.SCORES, request)["test"]
+    kept = np.arange(8) != 1
+    assert after.images.source.tolist() == before.images.source[kept].tolist()
+    np.testing.assert_array_equal(after.z, before.z[kept])
+    for name, values in after.scores.items():
+        np.testing.assert_allclose(values, before.scores[name][kept], rtol=1e-5)
+    _, drawn = after.real_and_generated(np.arange(7))
+    torch.testing.assert_close(drawn, before.real_and_generated(np.flatnonzero(kept))[1])
+
+
+def test_stored_scores_of_other_images_are_refused(
+    tmp_path: Path, run_here: Callable[..., None], fails: Callable[..., str]
+) -> None:
+    """A picture that is gone moves the others up by one: their scores must not move with it."""
+    for name, count in (("train/good", 10), ("test/good", 3), ("test/bad", 3)):
+        for i in range(count):
+            draw(tmp_path / f"set/{name}/{i}.png", value=(10 * i, 0, len(name)))
+    run_here("train_gan.py", "--dataset", "set", "--epochs", "1", *TINY)
+    run_here("detectors.baselines")
+    run_here("fit_latent.py", "--discrimination", "reference", "--steps", "2", *CPU)
+    run_here("evaluate.py", "--score", "kde", "--bootstrap", "5", *CPU)
+    run_here("evaluate.py", "--score", "gan_r", "--bootstrap", "5", *CPU)
+    (tmp_path / "set/test/bad/1.png").rename(tmp_path / "set/test/bad/9.png")
+    message = fails("evaluate.py", "--score", "kde", *CPU)
+    assert "baselines-test.npz is of other images than those that are scored" in message
+    assert "run python -m detectors.baselines --run-dir outputs/set-good --splits validation test" in message
+    assert "not of the same images (other source)" in fails("evaluate.py", "--score", "gan_r", *CPU)
+    run_here("evaluate.py", "--score", "p_d", "--bootstrap", "5", *CPU)  # which neither file has a part in
+
+
+def test_the_check_of_a_search_that_was_stopped_before_it(trained: Path, run_here: Callable[..., None]) -> None:
+    (trained / "reconstructions.png").unlink()
+    run_here("fit_latent.py", "--splits", "validation", "--max-images", "60", "--steps", "20", *CPU)
+    assert (trained / "reconstructions.png").is_file()
 
 
 def test_what_main_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
