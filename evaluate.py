@@ -92,7 +92,8 @@ def evaluate_splits(gan: runs.TrainedGAN, config: Config) -> dict[str, Any]:
     check_both_kinds(test)
 
     # ROC-AUC
-    measured = {"normal_class": gan.normal_class, "files": scores.fingerprints(scored), "search": test.search}
+    measured = {"normal_class": gan.normal_class, "gan": gan.fingerprint, "files": scores.fingerprints(scored)}
+    measured |= {"search": test.search, "search_gan_r": scores.search_of_gan_r(test)}
     protocols = {"test": [test]}
     if "train_anomalies" in scored:
         protocols["all_splits"] = [validation, test, scored["train_anomalies"]]

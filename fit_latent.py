@@ -151,7 +151,7 @@ def main(config: Config) -> dict[str, dict[str, Any]]:
         encoder = f_anogan.load(gan) if config.init == "encoder" else None
         if encoder is not None:
             settings["encoder"] = encoder.fingerprint
-        # drawn when the first image asks for them
+        # drawn once, and only if there is something to search
         candidates = cache(partial(draw_candidates, gan.generator, gan.latent_dim, config.candidates, config.seed))
         if config.images is not None:
             check_same_search(gan, settings)

@@ -376,7 +376,7 @@ def name_skipped(faults: list[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Decoder:
-    """What DataLoader calls a data set: decodes some rows of a set, in whichever process it stands."""
+    """What DataLoader calls a data set: decodes some rows of a set, in any process."""
 
     image_set: ImageSet
     image_size: int

@@ -15,7 +15,7 @@ from anogan import files, images, processes, runs
 from util import InputError, anomaly_score, quoted
 
 PER_IMAGE = ("z", "residual", "discrimination", "label", "index", "source")  # arrays of latents-<split>.npz
-SEARCH = "fit_latent.py"
+COMMAND = "fit_latent.py"
 
 
 def latents_path(run_dir: Path, split: str, discrimination: str = "features") -> Path:
@@ -195,12 +195,12 @@ def read_latents(path: Path, split: str, gan: runs.TrainedGAN) -> dict[str, Any]
     Raises InputError, see `read_arrays`.
     """
     shapes = {name: (gan.latent_dim,) if name == "z" else () for name in PER_IMAGE}
-    latents = read_arrays(path, SEARCH, split, gan, shapes)
+    latents = read_arrays(path, COMMAND, split, gan, shapes)
     try:
         latents["search"], latents["asked_for"] = json.loads(str(latents["search"])), str(latents["asked_for"])
         str(latents["search"]["discrimination"]), float(latents["search"]["discrimination_weight"])  # evaluate.py's
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} was not written by this {SEARCH} ({error})") from error
+        raise InputError(f"{path} was not written by this {COMMAND} ({error})") from error
     return latents
 
 
@@ -240,7 +240,7 @@ def read_fits(gan: runs.TrainedGAN, splits: list[str], discrimination: str = "fe
     def again(split: str) -> str:
         guided = "" if discrimination == "features" else f" --discrimination {discrimination}"
         which = " --images with your pictures" if split == "images" else f" --splits {split}" if guided else ""
-        return f"run {SEARCH} --run-dir {quoted(gan.run_dir)}{guided}{which}"
+        return f"run {COMMAND} --run-dir {quoted(gan.run_dir)}{guided}{which}"
 
     latents = {}
     for split in splits:
@@ -281,7 +281,7 @@ def fitted_images(image_set: images.ImageSet, split: str, latents: dict[str, Any
             again = "--images with these pictures" if split == "images" else f"--splits {split}"
             raise InputError(
                 f"the images of {image_set.name} are not those that latents-{split}.npz was fitted to (other {name}): "
-                f"run {SEARCH} {again} again"
+                f"run {COMMAND} {again} again"
             )
     return fitted
 

@@ -354,13 +354,14 @@ def _check_same_settings(path: Path, before: dict[str, Any], now: dict[str, Any]
 
 @contextlib.contextmanager
 def detector_training(
-    config: TrainingConfig, command: str, file: str, load: Callable[[runs.TrainedGAN], object]
+    config: TrainingConfig, command: str, file: str, load: Callable[[runs.TrainedGAN], object], same: tuple[str, ...]
 ) -> Iterator[tuple[runs.TrainedGAN, Training]]:
     """Hold the run folder, and read its GAN and the GAN's images, for the training of a detector into `file`.
 
     Seeds the first weights, which the block makes. Epochs and batch size that the config leaves open are the GAN's.
-    `load` reads a checkpoint that is there already, and refuses one that does not belong to this GAN. Raises InputError
-    for a value of the config that cannot be used, or as `runs.find_run`, `load` and `runs.images_of_gan` do.
+    `load` reads a checkpoint that is there already, and refuses one that does not belong to this GAN: one of other
+    `same` fields of TrainedGAN (`gan` is its fingerprint), which become part of the settings. Raises InputError for a
+    value of the config that cannot be used, or as `runs.find_run`, `load` and `runs.images_of_gan` do.
     """
     check_config(config)
     device = util.pick_device(config.device)
@@ -377,6 +378,7 @@ def detector_training(
         pixels = runs.images_of_gan(gan, config.skip_unreadable, processes.count())
         precision = util.pick_precision(config.precision, device)
         settings = weight_settings(config, gan.normal_class, precision, gan.training_images)
+        settings |= {name: gan.fingerprint if name == "gan" else getattr(gan, name) for name in same}
         torch.manual_seed(config.seed)
         yield gan, Training(command, run_dir / file, config, pixels.to(device), settings)
 

@@ -26,7 +26,7 @@ def join(device: torch.device, patience: timedelta = timedelta(minutes=30)) -> I
         return
     backend = "gloo"
     if device.type == "cuda":
-        backend = "cpu:gloo,cuda:nccl"  # gloo for what lies on the CPU, nccl for gradients
+        backend = "cpu:gloo,cuda:nccl"  # gloo for tensors on the CPU, nccl for gradients
         torch.cuda.set_device(device)
     distributed.init_process_group(backend, timeout=patience)
     try:

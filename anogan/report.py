@@ -91,7 +91,7 @@ def strips(split: ScoredSplit, verdict: Verdict) -> Iterator[bytes]:
         else:
             heat = heatmaps.difference(x, generated)
             panels = heatmaps.panels(x, generated, heat, verdict.level, verdict.brightest)
-        for strip in np.concatenate(panels, 2):  # (H, 4 W, 3)
+        for strip in np.concatenate(panels, 2):  # (H, W, 3) or, where it was searched, (H, 4 W, 3)
             content = io.BytesIO()
             Image.fromarray(strip).save(content, "WEBP", quality=80)
             yield content.getvalue()

@@ -126,21 +126,27 @@ SEARCH = (
         "R, residual",
         LATENTS,
         lambda fits, batch: fits[batch.split]["residual"][batch.rows],
-        *("tab:blue", "--", 0.6),
+        colour="tab:blue",
+        line="--",
+        opacity=0.6,
     ),
     Score(
         "discrimination",
         "D, discrimination",
         LATENTS,
         lambda fits, batch: fits[batch.split]["discrimination"][batch.rows],
-        *("tab:blue", ":", 0.4),
+        colour="tab:blue",
+        line=":",
+        opacity=0.4,
     ),
     Score(
         "peak",
         "peak, largest local difference",
         LATENTS,
         lambda fits, batch: peak(batch.x, batch.generated),
-        *("tab:blue", "-.", 0.25),
+        colour="tab:blue",
+        line="-.",
+        opacity=0.25,
     ),
     Score("p_d", "P_D, discriminator alone", GAN, lambda gan, batch: p_d(gan.discriminator, batch.x), "tab:orange"),
 )
@@ -186,6 +192,13 @@ class ScoredSplit:
         batches = list(self.drawn(rows))
         x = torch.cat([x.cpu() for _, x, _ in batches])
         return x, None if self.z is None else torch.cat([generated.cpu() for *_, generated in batches])
+
+
+def search_of_gan_r(split: ScoredSplit) -> dict[str, Any] | None:
+    """The settings of the search that GAN_R's scores are from, None without such scores."""
+    if GAN_R.name not in split.scores:
+        return None
+    return latents.read_fits(split.gan, ["validation"], "reference")["validation"]["search"]
 
 
 def fingerprints(scored: dict[str, ScoredSplit]) -> dict[str, str]:

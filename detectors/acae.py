@@ -30,7 +30,8 @@ CURVES = {
     "Reconstruction: mean distance of a pixel": {"l1": "L1"},
     "Adversarial losses": {"loss_d": "D loss", "adversarial": "AE loss"},
 }
-SIZES = ("image_size", "image_channels", "latent_dim", "ngf", "ndf")  # the GAN's, which it shares
+# What a checkpoint must share with the GAN
+SAME = ("training_images", "image_size", "image_channels", "latent_dim", "ngf", "ndf")
 
 
 @dataclass
@@ -103,7 +104,7 @@ def build(gan: runs.TrainedGAN) -> nn.Sequential:
 
 def load(gan: runs.TrainedGAN) -> runs.Trained:
     """The aCAE of acae.pt in the GAN's run folder, frozen. Raises InputError, see `runs.load_trained`."""
-    return runs.load_trained(gan, "acae.pt", COMMAND, "autoencoder", build(gan), same=("training_images", *SIZES))
+    return runs.load_trained(gan, "acae.pt", COMMAND, "autoencoder", build(gan), SAME)
 
 
 def score(trained: runs.Trained, x: torch.Tensor) -> torch.Tensor:
@@ -118,8 +119,7 @@ SCORES = (Score("acae", "aCAE, reconstruction", ACAE, lambda trained, batch: sco
 def main(config: Config) -> Path:
     """Check what was asked for, read the GAN's images, and train encoder, decoder and D; returns the run folder."""
     util.check_at_least(config, 0, "l1_weight")
-    with detector_training(config, COMMAND, "acae.pt", load) as (gan, training):
-        training.settings.update({name: getattr(gan, name) for name in SIZES})
+    with detector_training(config, COMMAND, "acae.pt", load, SAME) as (gan, training):
         autoencoder = build(gan).apply(initialise_weights)
         discriminator = Discriminator(gan.image_size, gan.image_channels, gan.ndf).apply(initialise_weights)
         optimizers = tuple(prepare(network, training.config, gan.device) for network in (autoencoder, discriminator))

@@ -26,6 +26,7 @@ from anogan.scores import Score, Source
 from network import Encoder, initialise_weights
 
 COMMAND = "python -m detectors.f_anogan"
+SAME = ("gan",)  # what a checkpoint must share with the GAN
 CURVES = {"izi_f: residual of pixels and of features": {"residual": "A_R", "features": "A_D"}}
 
 
@@ -78,7 +79,7 @@ def build(gan: runs.TrainedGAN) -> Encoder:
 
 def load(gan: runs.TrainedGAN) -> runs.Trained:
     """E of encoder.pt in the GAN's run folder, frozen. Raises InputError, see `runs.load_trained`."""
-    return runs.load_trained(gan, "encoder.pt", COMMAND, "encoder", build(gan), same=("gan",))
+    return runs.load_trained(gan, "encoder.pt", COMMAND, "encoder", build(gan), SAME)
 
 
 def score(trained: runs.Trained, gan: runs.TrainedGAN, x: torch.Tensor) -> torch.Tensor:
@@ -94,8 +95,7 @@ SCORES = (Score("f_anogan", "f-AnoGAN, encoder", ENCODER, lambda loaded, batch: 
 def main(config: Config) -> Path:
     """Check what was asked for, read the GAN and its images, and train E; returns the run folder."""
     util.check_at_least(config, 0, "kappa")
-    with detector_training(config, COMMAND, "encoder.pt", load) as (gan, training):
-        training.settings["gan"] = gan.fingerprint
+    with detector_training(config, COMMAND, "encoder.pt", load, SAME) as (gan, training):
         encoder = build(gan).apply(initialise_weights)
         optimizer = prepare(encoder, training.config, gan.device)
         shown = images.to_model(training.images[:64])

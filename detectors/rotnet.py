@@ -31,7 +31,7 @@ from network import channel_multipliers, downward_ladder, initialise_weights
 
 COMMAND = "python -m detectors.rotnet"
 CURVES = {"Cross-entropy with the turn": {"loss": "loss"}, "Share of turns told right": {"accuracy": "accuracy"}}
-SIZES = ("image_size", "image_channels", "ndf")  # the GAN's, which it shares
+SAME = ("training_images", "image_size", "image_channels", "ndf")  # what a checkpoint must share with the GAN
 MEMORY = 5000  # training images at most that the scores compare with; at 64x64 with ndf 64 they take 250 MB
 
 
@@ -137,7 +137,7 @@ def build(gan: runs.TrainedGAN) -> RotNet:
 
 def load(gan: runs.TrainedGAN) -> runs.Trained:
     """RotNet of rotnet.pt in the GAN's run folder, frozen. Raises InputError, see `runs.load_trained`."""
-    return runs.load_trained(gan, "rotnet.pt", COMMAND, "rotnet", build(gan), same=("training_images", *SIZES))
+    return runs.load_trained(gan, "rotnet.pt", COMMAND, "rotnet", build(gan), SAME)
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def combined(parts: list[np.ndarray], of_validation: list[np.ndarray], weights: 
 
     The logarithm, or the score with the longest tail would drown the others. Scores are distances or losses, from 0 up;
     those under 1e-6, which rounding can bring about, count as 1e-6. A part that is the same for all validation
-    normals, or of which there is but one, is not scaled.
+    normals, or of which there is only one, is not scaled.
     """
     total = np.zeros(len(parts[0]))
     for part, normal, weight in zip(parts, of_validation, weights, strict=True):
@@ -250,21 +250,27 @@ SCORES = (
         "rotation, RotNet's loss",
         ROTNET,
         lambda loaded, batch: rotation(loaded[0], batch.x),
-        *("tab:olive", "--", 0.6),
+        colour="tab:olive",
+        line="--",
+        opacity=0.6,
     ),
     Score(
         "neighbours",
         "neighbours in RotNet's features",
         ROTNET,
         lambda loaded, batch: neighbours(loaded[0], batch.x, loaded[1]),
-        *("tab:olive", ":", 0.4),
+        colour="tab:olive",
+        line=":",
+        opacity=0.4,
     ),
     Score(
         "mahalanobis",
         "Mahalanobis in RotNet's features",
         ROTNET,
         lambda loaded, batch: mahalanobis(loaded[0], batch.x, loaded[1]),
-        *("tab:olive", "-.", 0.2),
+        colour="tab:olive",
+        line="-.",
+        opacity=0.2,
     ),
 )
 # The parts of `combined` and their weights: RotNet's verdict, and two distances in its features that share a weight.
@@ -284,8 +290,7 @@ COMBINED = Score(
 
 def main(config: Config) -> Path:
     """Check what was asked for, read the GAN's images, and train RotNet; returns the run folder."""
-    with detector_training(config, COMMAND, "rotnet.pt", load) as (gan, training):
-        training.settings.update({name: getattr(gan, name) for name in SIZES})
+    with detector_training(config, COMMAND, "rotnet.pt", load, SAME) as (gan, training):
         rotnet = build(gan).apply(initialise_weights)
         optimizer = prepare(rotnet, training.config, gan.device)
         with Loop(training, {"rotnet": rotnet, "optimizer": optimizer}, CURVES) as loop:
