@@ -228,34 +228,10 @@ def score_run(
     Where the sets were searched, only the images that were. Raises InputError if the score that was asked for is not
     there, or a file is missing, damaged or of something else.
     """
-    wanted = next(score for score in declared if score.name == request.score)
-    splits = list(image_sets)
-    is_there = {score.source: score.source.is_there(gan.run_dir, splits) for score in declared}
-    if wanted.source is LATENTS:
-        is_there[LATENTS] = True  # or what is missing would not be named
-    loaded: dict[Source, Any] = {}
-    for source in sorted(is_there, key=lambda source: source is not LATENTS):  # which says what images were searched
-        if not is_there[source]:
-            continue
-        try:
-            found = source.load(gan, image_sets)
-            if source is LATENTS:
-                image_sets = {name: latents.fitted_images(each, name, found[name]) for name, each in image_sets.items()}
-        except InputError as error:
-            if source is wanted.source or not request.is_the_only_one:
-                raise
-            print(f"without the scores of {source.command}: {error}")
-        else:
-            loaded[source] = found
+    loaded, image_sets = _load_sources(gan, image_sets, declared, request)
+    present = [score for score in declared if score.source in loaded]
     if LATENTS not in loaded:
         print("without difference maps, since these images were not searched: fit_latent.py does it")
-    present = [score for score in declared if score.source in loaded]
-    if wanted not in present:
-        does_not = "images" in splits and not wanted.source.scores_unlabelled
-        reason = "it scores no pictures without labels" if does_not else f"run {_command(wanted.source, gan)} first"
-        names = ", ".join(score.name for score in present)
-        raise InputError(f"there is no score {wanted.name} here, but {names}: {reason}")
-
     scored: dict[str, ScoredSplit] = {}
     for split, image_set in image_sets.items():
         fits = loaded[LATENTS][split] if LATENTS in loaded else {"z": None, "search": None}
@@ -280,6 +256,39 @@ def score_run(
             for each in scored.values():
                 each.scores[score.name] = score.function(each.scores, normals)
     return scored
+
+
+def _load_sources(
+    gan: runs.TrainedGAN, image_sets: ImageSets, declared: Sequence[Score], request: Request
+) -> tuple[dict[Source, Any], ImageSets]:
+    """What the declared scores rest on, as far as it is there, and those of the images that were searched.
+
+    Raises InputError, see `score_run`.
+    """
+    wanted = next(score for score in declared if score.name == request.score)
+    is_there = {score.source: score.source.is_there(gan.run_dir, list(image_sets)) for score in declared}
+    if wanted.source is LATENTS:
+        is_there[LATENTS] = True  # so that its loading names what is missing
+    loaded: dict[Source, Any] = {}
+    for source in sorted(is_there, key=lambda source: source is not LATENTS):  # first what says which were searched
+        if not is_there[source]:
+            continue
+        try:
+            found = source.load(gan, image_sets)
+            if source is LATENTS:
+                image_sets = {name: latents.fitted_images(each, name, found[name]) for name, each in image_sets.items()}
+        except InputError as error:
+            if source is wanted.source or not request.is_the_only_one:
+                raise
+            print(f"without the scores of {source.command}: {error}")
+        else:
+            loaded[source] = found
+    if wanted.source not in loaded:
+        does_not = "images" in image_sets and not wanted.source.scores_unlabelled
+        reason = "it scores no pictures without labels" if does_not else f"run {_command(wanted.source, gan)} first"
+        names = ", ".join(score.name for score in declared if score.source in loaded)
+        raise InputError(f"there is no score {wanted.name} here, but {names}: {reason}")
+    return loaded, image_sets
 
 
 def _command(source: Source, gan: runs.TrainedGAN) -> str:
