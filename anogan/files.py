@@ -2,11 +2,14 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from util import InputError
 
@@ -55,6 +58,14 @@ def replacing(path: Path) -> Iterator[Path]:
         ):  # some network file systems cannot: there the new name reaches the disk later
             os.fsync(folder)
         os.close(folder)
+
+
+def write_arrays(path: Path, **arrays: np.ndarray | str) -> None:
+    """Write arrays to an .npz file, whole or not at all."""
+    content = io.BytesIO()  # np.savez to a path leaves its open file behind when the disk is full
+    np.savez(content, **arrays)
+    with replacing(path) as partial:
+        partial.write_bytes(content.getbuffer())
 
 
 def make_folder(path: Path) -> None:

@@ -182,8 +182,7 @@ class Latents:
             "search": json.dumps(self._search),
             "asked_for": (self._set if asked_for is None else asked_for).fingerprint(),
         }
-        with files.replacing(path) as partial:
-            np.savez(partial, **arrays, **about)
+        files.write_arrays(path, **arrays, **about)
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------

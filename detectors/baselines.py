@@ -148,8 +148,7 @@ def main(config: Config) -> Path:
             components = pca.transform(vectors)
             scores = {name: -model.score_samples(components) for name, model in models.items()}
             about = {"index": image_set.index, "source": image_set.source, "split": split, "gan": gan.fingerprint}
-            with files.replacing(run_dir / f"baselines-{split}.npz") as partial_file:
-                np.savez(partial_file, **scores, **about)
+            files.write_arrays(run_dir / f"baselines-{split}.npz", **scores, **about)
         facts = {"bandwidth": float(models["kde"].bandwidth), "principal_components": int(pca.n_components_)}
         seconds = time.monotonic() - started
         runs.record_run(run_dir, "baselines", config, torch.device("cpu"), seconds, **facts)
