@@ -253,9 +253,10 @@ def read_fits(gan: runs.TrainedGAN, splits: list[str], discrimination: str = "fe
     expected = latents["validation"]["search"]
     for split, found in latents.items():
         if differing := runs.differing_settings(expected, found["search"]):
+            values = "; ".join(f"{name} {expected.get(name)} and {found['search'].get(name)}" for name in differing)
             raise InputError(
-                f"validation and {split} were fitted with different settings ({', '.join(differing)}): "
-                f"{again('validation')} and {again(split)} with the same, or remove the older"
+                f"validation and {split} were fitted with different settings ({', '.join(differing)}): {values}; "
+                f"{again(split)} with the same flags for both"
             )
     return latents
 
@@ -268,7 +269,8 @@ def check_same_search(gan: runs.TrainedGAN, search: dict[str, Any]) -> None:
     normals = read_fits(gan, ["validation"])["validation"]["search"]
     if differing := runs.differing_settings(normals, search):
         settings = ", ".join(f"{name} {normals.get(name)}" for name in differing)
-        raise InputError(f"the validation images were searched with {settings}: use the same for --images")
+        flag = f" (--init {'encoder' if 'encoder' in normals else 'candidates'})" if "encoder" in differing else ""
+        raise InputError(f"the validation images were searched with {settings}: use the same{flag} for --images")
 
 
 def fitted_images(image_set: images.ImageSet, split: str, latents: dict[str, Any]) -> images.ImageSet:

@@ -172,7 +172,8 @@ def write_run(test: ScoredSplit, verdict: Verdict, found: dict[str, Any], figure
     print(f"\n{means}; on the test split it {flagged}")
     written = " ".join(path.name for path in figures)
     print(f"\nwrote {run_dir}/: scores.csv metrics.json report.html {written} run.json")
+    script = "evaluate.py" if test.z is None else "fit_latent.py"
     print(
         f"next: open {run_dir / 'report.html'} in a browser, or judge your own pictures: "
-        f"python fit_latent.py --run-dir {quoted(run_dir)} --images PATH"
+        f"python {script} --run-dir {quoted(run_dir)} --images PATH"
     )

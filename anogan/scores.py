@@ -285,7 +285,11 @@ def _load_sources(
             loaded[source] = found
     if wanted.source not in loaded:
         does_not = "images" in image_sets and not wanted.source.scores_unlabelled
-        reason = "it scores no pictures without labels" if does_not else f"run {_command(wanted.source, gan)} first"
+        reason = (
+            f"{wanted.name} scores no pictures without labels"
+            if does_not
+            else f"run {_command(wanted.source, gan)} first"
+        )
         names = ", ".join(score.name for score in declared if score.source in loaded)
         raise InputError(f"there is no score {wanted.name} here, but {names}: {reason}")
     return loaded, image_sets

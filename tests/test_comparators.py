@@ -249,6 +249,7 @@ def test_search_from_the_encoder(trained: Path, run_here: Callable[..., None], f
     run_here("fit_latent.py", "--splits", "validation", "--max-images", "60", "--device", "cpu")
     assert "fitted with different settings (encoder)" in fails("evaluate.py", "--device", "cpu")
     run_here("fit_latent.py", "--splits", "validation", "--max-images", "60", "--init", "encoder", "--device", "cpu")
+    assert "use the same (--init encoder) for --images" in fails("fit_latent.py", "--images", "mine", "--device", "cpu")
     search()
     assert "fitted with different settings (encoder)" in fails("evaluate.py", "--device", "cpu")
 

@@ -149,7 +149,8 @@ def test_the_search_of_pictures_goes_on_and_is_of_these_pictures(
     for flags in (["--splits", "test"], ["--discrimination", "reference"]):
         assert "--images goes with neither" in fails(*fit, "other", *flags)
     assert "--images names no picture" in fails(*fit)
-    assert "there is no score gan_r here" in fails("evaluate.py", "--images", "other", "--score", "gan_r", *CPU)
+    message = fails("evaluate.py", "--images", "other", "--score", "gan_r", *CPU)
+    assert "there is no score gan_r here" in message and "gan_r scores no pictures without labels" in message
     digit(root / "other/new.png", 3)
     run_here("evaluate.py", "--images", "other", *CPU)
     assert "1 more pictures there were not searched" in capsys.readouterr().out

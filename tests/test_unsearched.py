@@ -36,6 +36,7 @@ def test_scores_that_need_no_z(
     run_here("evaluate.py", "--bootstrap", "5", *CPU)
     printed = capsys.readouterr().out
     assert "without difference maps, since these images were not searched" in printed
+    assert "python evaluate.py --run-dir outputs/digits-0 --images PATH" in printed  # the command that works next
     metrics = json.loads((unsearched / "metrics.json").read_text())
     names = [score.name for score in evaluate.SCORES if score.name not in NEED_Z]
     assert list(metrics["test"]) == names and metrics["threshold"]["score"] == "combined"
