@@ -53,9 +53,8 @@ def replacing(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)
-        with contextlib.suppress(
-            OSError
-        ):  # some network file systems cannot: there the new name reaches the disk later
+        # some network file systems cannot: there the new name reaches the disk later
+        with contextlib.suppress(OSError):
             os.fsync(folder)
         os.close(folder)
 

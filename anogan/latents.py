@@ -131,7 +131,8 @@ class Latents:
         if self.path.exists():
             reason = self._why_redo(self.path, self._set)
             if reason is None:
-                shutil.rmtree(folder, ignore_errors=True)  # an earlier run was killed before it did this
+                if folder.exists():  # an earlier run was killed before it did this
+                    shutil.rmtree(folder)
                 print(f"{self.path} is complete: nothing to search")
                 return None
             print(f"{reason}: searching again, and replacing it at the end")
