@@ -42,6 +42,7 @@ SCORES = (
 @dataclass
 class Config:
     run_dir: Path | None = None  # the run to use; by default the one trained last
+    dataset: str | None = None  # where the pictures of the run lie now, if they were moved
     images: tuple[str, ...] | None = None  # pictures without labels, as given to fit_latent.py: a verdict on each
     score: str | None = None  # of the verdict: combined, else anomaly_score; with --images the one evaluated before
     alpha: float = 0.05  # share of normal pictures that may be flagged: those whose p_value is at most this
@@ -50,6 +51,7 @@ class Config:
     batch_size: int = 256  # images that go through the networks at once
     seed: int = 0  # of the bootstrap
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda, cuda:1, cpu, ...
+    max_megapixels: float | None = None  # larger pictures are refused; by default as in training
     skip_unreadable: bool = False  # go on without the images that cannot be read, where nothing was searched
 
 
@@ -60,7 +62,7 @@ def main(config: Config) -> dict[str, Any]:
     device = util.pick_device(config.device)
     run_dir = runs.find_run(config.run_dir)
     with runs.run_folder(run_dir):
-        gan = runs.load_gan(run_dir, device)
+        gan = runs.load_gan(run_dir, device, config.dataset, config.max_megapixels)
         print(f"run: {run_dir}   normal class: {gan.normal_class}   epochs: {gan.epoch:.4g}   device: {device}")
         found = evaluate_splits(gan, config) if config.images is None else judge_pictures(gan, config)
         name = "evaluate" if config.images is None else "evaluate_images"
@@ -86,9 +88,17 @@ def evaluate_splits(gan: runs.TrainedGAN, config: Config) -> dict[str, Any]:
     # Scores
     extra = [split for split in ("train", "train_anomalies") if scores.LATENTS.is_there(run_dir, [split])]
     image_sets = {split: runs.open_split(gan, split) for split in ("validation", "test", *extra)}
+    has_test = len(image_sets["test"]) > 0
+    if not has_test:
+        del image_sets["test"]
     request = scores.Request(score, config.score is not None, config.batch_size, config.skip_unreadable)
     scored = scores.score_run(gan, image_sets, SCORES, request)
-    validation, test = scored["validation"], scored["test"]
+    validation = scored["validation"]
+    scores.keep_normals(validation)
+    if not has_test:
+        report.print_without_test(gan, validation)
+        return {}
+    test = scored["test"]
     check_both_kinds(test)
 
     # ROC-AUC
@@ -101,7 +111,7 @@ def evaluate_splits(gan: runs.TrainedGAN, config: Config) -> dict[str, Any]:
         measured[name] = metrics.protocol_metrics(splits, config.bootstrap, config.seed)
 
     # Verdict, from validation normals alone
-    verdict = verdicts.decide(scored, score, config.alpha, config.fdr)
+    verdict = verdicts.decide(scored, validation.scores, score, config.alpha, config.fdr)
     measured["threshold"] = {
         "score": score,
         "alpha": config.alpha,
@@ -129,12 +139,12 @@ def judge_pictures(gan: runs.TrainedGAN, config: Config) -> dict[str, dict[str, 
     # by default the score that the test images were judged by, so that what was measured is what is used
     before = files.read_json(gan.run_dir / "metrics.json").get("threshold", {}).get("score")
     score = config.score or before or default_score(gan.run_dir)
-    image_sets = {"validation": runs.open_split(gan, "validation"), "images": pictures}
     request = scores.Request(score, True, config.batch_size, config.skip_unreadable)
-    scored = scores.score_run(gan, image_sets, SCORES, request)
-    verdict = verdicts.decide(scored, score, config.alpha, config.fdr)
-    folder = judge.write(gan.run_dir, scored, verdict)
+    normals = scores.scores_of_normals(gan, SCORES, request)
+    scored = scores.score_run(gan, {"images": pictures}, SCORES, request, normals)
+    verdict = verdicts.decide(scored, normals, score, config.alpha, config.fdr)
     judged = scored["images"]
+    folder = judge.write(judged, normals[score], verdict)
     judge.print_verdicts(judged, verdict, len(pictures) - len(judged.images))
     maps = "" if judged.z is None else " heat/ marked/"
     print(f"\nwrote {folder}/: scores.csv report.html scores.png{maps}")

@@ -44,6 +44,7 @@ SEARCH_SETTINGS = ("steps", "lr", "discrimination", "discrimination_weight", "ca
 @dataclass
 class Config:
     run_dir: Path | None = None  # the run to use; by default the one trained last
+    dataset: str | None = None  # where the pictures of the run lie now, if they were moved
     splits: tuple[str, ...] = ("validation", "test")  # any of train, validation, test, train_anomalies
     images: tuple[str, ...] | None = None  # instead of splits: pictures without labels, folders or glob patterns
     max_images: int | None = None  # take only so many images of a split, each class in its proportion
@@ -58,6 +59,7 @@ class Config:
     seed: int = 0  # of the candidates and of the choice of --max-images
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda, cuda:1, cpu, ...
     precision: util.Precision = "auto"  # of the steps; auto: bf16 where the hardware has it natively
+    max_megapixels: float | None = None  # larger pictures are refused; by default as in training
     skip_unreadable: bool = False  # go on without the images that cannot be read
 
 
@@ -141,7 +143,7 @@ def main(config: Config) -> dict[str, dict[str, Any]]:
     run_dir = runs.find_run(config.run_dir)
     # with slower machines among them, the fastest process waits long for the last
     with processes.join(device, patience=timedelta(days=1)), runs.run_folder(run_dir):
-        gan = runs.load_gan(run_dir, device)
+        gan = runs.load_gan(run_dir, device, config.dataset, config.max_megapixels)
         precision = util.pick_precision(config.precision, device)
         print(
             f"run: {run_dir}   normal class: {gan.normal_class}   epochs: {gan.epoch:.4g}   "
@@ -158,6 +160,8 @@ def main(config: Config) -> dict[str, dict[str, Any]]:
 
         for split in config.splits if config.images is None else ("images",):
             image_set = chosen_images(gan, split, config)
+            if image_set is None:
+                continue
             todo = Latents(gan, image_set, split, settings, config.shard_size, config.skip_unreadable)
             for rows, x in todo.missing_batches(config.batch_size or (512 if device.type == "cuda" else 64)):
                 z = nearest(x, candidates()) if encoder is None else encoder.network(x)
@@ -165,7 +169,7 @@ def main(config: Config) -> dict[str, dict[str, Any]]:
                 todo.add(rows, *search((gan.generator, gan.discriminator), x, z, config, after_step))
             latents = todo.merge()
             is_check = split == "validation" and config.discrimination == "features"
-            training = runs.open_split(gan, "train") if is_check else None  # by every process, as a download must be
+            training = runs.training_files(gan) if is_check else None  # by every process, as a download must be
             if processes.rank() > 0:
                 continue
             if is_check and not (todo.was_complete and (run_dir / "reconstructions.png").exists()):
@@ -197,14 +201,18 @@ def check(config: Config) -> None:
         raise util.InputError("--images goes with neither --splits nor --discrimination reference: leave them out")
 
 
-def chosen_images(gan: runs.TrainedGAN, split: str, config: Config) -> images.ImageSet:
-    """The images of a split or of --images, or --max-images of them.
+def chosen_images(gan: runs.TrainedGAN, split: str, config: Config) -> images.ImageSet | None:
+    """The images of a split or of --images, or --max-images of them; None, if no split was named, for an empty one.
 
     Raises InputError if there are none, or as `runs.open_split` does.
     """
     image_set = images.open_pictures(config.images) if split == "images" else runs.open_split(gan, split)
     if config.max_images is not None:
         image_set = image_set.take(images.stratified_subset(image_set.label, config.max_images, config.seed))
+    if len(image_set) == 0 and config.splits == Config.splits:
+        if processes.rank() == 0:
+            print(f"{gan.dataset} has no {split} pictures: none are searched")
+        return None
     if len(image_set) == 0:
         raise util.InputError(f"the split {split} of {gan.dataset} holds no images: choose other --splits")
     return image_set
@@ -218,12 +226,11 @@ def check_reconstruction(
     What G leaves of them is compared with what the median of the training images leaves, the best that one picture for
     all can do.
     """
-    rows = images.evenly_spaced(len(latents["index"]), 32)
-    unseen = validation.take(np.isin(validation.index, latents["index"][rows]))
-    sizes = gan.image_size, gan.image_channels
-    x = images.to_model(images.load_images(unseen, *sizes)[0], gan.device)  # (32, C, H, W)
+    rows = images.evenly_spaced(len(latents["z"]), 32)
+    unseen = validation.take(np.isin(validation.source, latents["source"][rows]))
+    x = images.to_model(images.load_images(unseen, gan.view)[0], gan.device)  # (32, C, H, W)
     some = training.take(images.evenly_spaced(len(training), 2000))
-    median = runs.load_training_images(some, *sizes, skip_unreadable=True).median(0, keepdim=True).values
+    median = runs.load_training_images(some, gan.view, skip_unreadable=True).median(0, keepdim=True).values
     by_median = util.residual_loss(x, images.to_model(median, gan.device))
     # shares of the range from black to white, which is 2, a pixel
     left, left_by_median = (float(sums.mean()) / x[0].numel() / 2 for sums in (latents["residual"][rows], by_median))

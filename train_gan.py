@@ -23,6 +23,7 @@ from torch.optim import Adam
 
 import util
 from anogan import files, images, processes, runs
+from anogan.decoding import View
 from anogan.loop import FIXED_Z, Loop, Training, check_config, prepare, sample_grid, weight_settings
 from network import Discriminator, Generator, channel_multipliers, initialise_weights
 
@@ -36,6 +37,9 @@ CURVES = {
 class Config:
     dataset: str = "cifar10"  # cifar10, digits, or a folder with train/<class>/ and test/<class>/
     normal_class: str | None = None  # the class to call normal, name or index; by default 1, or the only one in train/
+    group_by: str | None = (
+        None  # regular expression: pictures in whose names it finds the same train or validate together
+    )
     image_size: int = 64  # side in pixels, a power of two from 32 up; images are resized and cut to it
     latent_dim: int = 128  # length of z
     ngf: int = 64  # width of the generator's last hidden layer
@@ -53,6 +57,7 @@ class Config:
     precision: util.Precision = "auto"  # of the convolutions; auto: bf16 where the hardware has it natively
     compile: bool = False  # torch.compile G and D, for a GPU: a slow first step; on a CPU slower throughout
     run_dir: Path | None = None  # where to write; by default outputs/<data set>-<normal class>
+    max_megapixels: float = 179.0  # larger pictures are refused
     skip_unreadable: bool = False  # go on without the images that cannot be read
 
 
@@ -103,13 +108,13 @@ def main(config: Config) -> Path:
     device = util.pick_device(config.device)
     config = named(config)
     with processes.join(device):
-        normal, pixels = normal_images(config)
-        normal_class, channels = normal.classes[normal.label[0]], pixels.shape[1]
+        normal, pixels, view = normal_images(config)
+        normal_class, channels = normal.classes[normal.label[0]], view.channels
         run_dir = config.run_dir or Path("outputs") / f"{normal.name}-{normal_class}"
         files.make_folder(run_dir)
         with runs.run_folder(run_dir):
             precision = util.pick_precision(config.precision, device)
-            settings = weight_settings(config, normal_class, precision, runs.checksum(pixels))
+            settings = weight_settings(config, normal_class, precision, normal.checksum())
             training = Training("train_gan.py", run_dir / "gan.pt", config, pixels.to(device), settings)
 
             torch.manual_seed(config.seed)
@@ -121,13 +126,17 @@ def main(config: Config) -> Path:
             optimizers = prepare(generator, config, device), prepare(discriminator, config, device)
             parts = {"generator": generator, "discriminator": discriminator}
             parts |= {"optimizer_g": optimizers[0], "optimizer_d": optimizers[1]}
-            about = {"classes": normal.classes, "normal_class": normal_class, "image_channels": channels}
-            about |= {"training_set": normal.fingerprint()}
+            about = {"dataset": config.dataset, "normal_class": normal_class, "image_channels": channels}
+            about |= {"levels": view.levels, "max_megapixels": view.max_megapixels}
+            about |= {
+                "training_set": images.list_split(config.dataset, "train", normal_class, config.group_by).fingerprint()
+            }
             fixed_z = fixed_latents(config).to(device)  # the samples show these z from the first epoch to the last
             draw = partial(sample_grid, generator, lambda: generator(fixed_z))
             with Loop(training, parts, CURVES, draw, about) as loop:
                 shared = loop.share(generator), loop.share(discriminator)
                 train(loop, *shared, optimizers, config.latent_dim, config.generator_steps)
+            runs.keep_place(run_dir, config.dataset, normal.checksum())
             print(f"next: python fit_latent.py --run-dir {util.quoted(run_dir)}")
     return run_dir
 
@@ -143,23 +152,25 @@ def check(config: Config) -> None:
 
 
 def named(config: Config) -> Config:
-    """The same with a normal class, and with the whole path of a folder, since the other scripts may run elsewhere."""
+    """The same with a normal class, and with the whole path of a folder."""
     normal_class = images.default_class(config.dataset) if config.normal_class is None else config.normal_class
-    with files.reading(Path(config.dataset)):
-        is_folder = config.dataset not in images.EMBEDDED and Path(config.dataset).is_dir()
-    dataset = str(Path(config.dataset).resolve()) if is_folder else config.dataset
-    return replace(config, dataset=dataset, normal_class=normal_class)
+    return replace(config, dataset=images.whole_path(config.dataset), normal_class=normal_class)
 
 
-def normal_images(config: Config) -> tuple[images.ImageSet, torch.Tensor]:
-    """The training images of the normal class: which they are, and their pixels, uint8 (N, C, H, W).
+def normal_images(config: Config) -> tuple[images.ImageSet, torch.Tensor, View]:
+    """The training images of the normal class: which they are, their pixels, uint8 (N, C, H, W), and how they are seen.
 
     C is 1 if every one of them is grey, else 3.
     """
-    normal = images.open_split(config.dataset, "train", config.normal_class)
-    pixels = runs.load_training_images(normal, config.image_size, 3, config.skip_unreadable, processes.count())
+    normal = images.open_split(config.dataset, "train", config.normal_class, config.group_by)
+    view = View(config.image_size, 3, max_megapixels=config.max_megapixels)
+    view = replace(view, levels=images.find_levels(normal, view))
+    if view.levels is not None:
+        black, white = view.levels
+        print(f"more than 8 bits: black is {black:.6g} and white {white:.6g}, here and for every later picture")
+    pixels = runs.load_training_images(normal, view, config.skip_unreadable, processes.count())
     is_grey = (pixels[:, :1] == pixels[:, 1:]).all()
-    return normal, pixels[:, :1].contiguous() if is_grey else pixels
+    return normal, *((pixels[:, :1].contiguous(), replace(view, channels=1)) if is_grey else (pixels, view))
 
 
 def fixed_latents(config: Config) -> torch.Tensor:

@@ -1,26 +1,29 @@
-"""Images in: the data sets, their four splits, and decoding to uint8, batch by batch in worker processes."""
+"""Images in: the data sets, their four splits, and their pixels, batch by batch from worker processes."""
 
+import contextlib
 import dataclasses
 import glob
 import hashlib
 import multiprocessing
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader
-from torchvision.datasets.folder import make_dataset
-from torchvision.transforms import CenterCrop, Compose, Resize
 from tqdm import tqdm
 
-from anogan import files, processes
+from anogan import decoding, files, folders, processes
+from anogan.decoding import View
 from util import InputError
 
 EMBEDDED = ("cifar10", "digits")  # data sets that are no folder
@@ -33,7 +36,8 @@ class ImageSet:
 
     name: str  # of the data set: cifar10, digits or the folder's own name
     classes: list[str]
-    index: np.ndarray  # (N,) int64, position in the data set's training or test part, see also `open_pictures`
+    # (N,) int64, what the image is: for files a checksum of their bytes, else the position in the training or test part
+    index: np.ndarray
     label: np.ndarray  # (N,) int64, position of the image's class in `classes`
     source: np.ndarray  # (N,) str, the image's name: its path inside the folder, or cifar10/test/00042
     open_image: Callable[[int, str], Image.Image]  # by index and source; a worker process gets it pickled
@@ -41,18 +45,27 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.index)
 
+    @property
+    def class_name(self) -> np.ndarray:
+        """(N,) str, "" for a picture without a label."""
+        return np.array([*self.classes, ""])[self.label]
+
     def fingerprint(self) -> str:
-        """SHA-256 of which images these are, in this order; not of their pixels."""
+        """SHA-256 of which images these are, in this order: their names, and for files their bytes."""
         names = "\n".join(self.source).encode("utf-8", "surrogateescape")
-        return hashlib.sha256(self.index.tobytes() + self.label.tobytes() + names).hexdigest()
+        return hashlib.sha256(self.index.tobytes() + names).hexdigest()
+
+    def checksum(self) -> str:
+        """How many images these are, and the beginning of their fingerprint, to be read by a person."""
+        return f"{len(self)} with checksum {self.fingerprint()[:16]}"
 
     def open(self, row: int) -> Image.Image:
         """The image at this position of the set, as Pillow opens it."""
         return self.open_image(self.index[row], self.source[row])
 
-    def picture(self, row: int) -> Image.Image:
+    def picture(self, row: int, view: View) -> Image.Image:
         """The image at this position at its own size, turned as its EXIF tag says, in RGB with 8 bits."""
-        return _to_8_bit(self.open(row), 3)
+        return decoding.at_own_size(self.open(row), view)
 
     def take(self, positions: np.ndarray | slice | range) -> "ImageSet":
         """The images at these positions (integers, a mask, a slice or a range) of this set, in that order."""
@@ -62,10 +75,11 @@ class ImageSet:
 
 
 def open_dataset(dataset: str, part: str) -> ImageSet:
-    """The training or test part ("train" or "test") of `cifar10`, `digits` or a folder in ImageFolder layout.
+    """The part "train", "validation" or "test" of `cifar10`, `digits` or a folder in ImageFolder layout.
 
-    Raises InputError if CIFAR-10 cannot be downloaded, or the folder is missing, lacks train/ or test/, or has an empty
-    class.
+    Of a folder it lists the files, and reads none: `with_pages` makes the images of them. The parts validation and
+    test may be empty; only a folder has validation. Raises InputError if CIFAR-10 cannot be downloaded, or the folder
+    is missing, lacks train/, or has an empty class.
     """
     if dataset == "cifar10":
         return _open_cifar10(part)
@@ -116,50 +130,65 @@ def _open_folder(root: Path, part: str) -> ImageSet:
         is_folder = root.is_dir()
     if not is_folder:
         raise InputError(
-            f"unknown dataset {str(root)!r}: it must be cifar10, digits or a folder DIR that holds "
-            "DIR/train/<class>/ and DIR/test/<class>/"
+            f"unknown dataset {str(root)!r}: it must be cifar10, digits or a folder DIR that holds normal pictures in "
+            "DIR/train/<class>/"
         )
-    for side in ("train", "test"):
-        if not (root / side).is_dir():
-            raise InputError(
-                f"{root} has no folder {side!r}: it must hold {root / 'train'}/<class>/ and {root / 'test'}/<class>/"
-            )
-    # One numbering for both parts: in MVTec's layout train/ has the class `good` alone.
-    classes = sorted({folder.name for side in ("train", "test") for folder in _subfolders(root / side)})
-    samples = make_dataset(
-        str(root / part),
-        class_to_idx={name: label for label, name in enumerate(classes)},
-        is_valid_file=_is_picture,
-        allow_empty=True,
-    )
-    label = np.array([label for _, label in samples], dtype=np.int64)
-    for folder in _subfolders(root / part):
-        if classes.index(folder.name) not in label:
+    if not (root / "train").is_dir():
+        raise InputError(f"{root} has no folder 'train': put normal pictures into {root / 'train' / 'good'}/")
+    by_part = {each: folders.class_folders(root, each) for each in ("train", "validation", "test")}
+    # One numbering for all parts: in MVTec's layout train/ has the class `good` alone
+    classes = sorted({name for of_part in by_part.values() for name in of_part})
+    folders.check_class_names(classes, root)
+    source, label = [], []
+    for name, folder in by_part[part].items():
+        below = folders.pictures_below(folder)
+        if not below:
             raise InputError(f"the class folder {folder} holds no images: put some in, or remove the folder")
+        source += [Path(path).relative_to(root).as_posix() for path in below]
+        label += [classes.index(name)] * len(below)
     return ImageSet(
         name=root.resolve().name,
         classes=classes,
-        index=np.arange(len(samples), dtype=np.int64),
-        label=label,
-        source=np.array([Path(path).relative_to(root).as_posix() for path, _ in samples], dtype=np.str_),
+        index=np.full(len(source), -1, np.int64),
+        label=np.array(label, dtype=np.int64),
+        source=np.array(source, dtype=np.str_),
         open_image=partial(_open_file, root),
+    )
+
+
+def with_pages(listed: ImageSet, root: Path) -> ImageSet:
+    """The images in a set of files below `root`: one for each page of a file, with its checksum as its index.
+
+    Raises InputError for a DICOM file if pydicom is not installed.
+    """
+    paths = [root / source for source in listed.source]
+    pages_of, contents = folders.read_pages(paths)
+    rows = np.repeat(np.arange(len(paths)), [len(pages) for pages in pages_of])
+    index, source = [], []
+    for name, pages, content in zip(listed.source, pages_of, contents, strict=True):
+        index += [folders.content_number(content, page, name) for page in pages]
+        source += [folders.page_name(name, page, pages) for page in pages]
+    return dataclasses.replace(
+        listed.take(rows), index=np.array(index, dtype=np.int64), source=np.array(source, dtype=np.str_)
     )
 
 
 def open_pictures(paths: Sequence[str]) -> ImageSet:
     """Pictures without labels: files, folders of any depth and glob patterns, each picture once.
 
-    A picture's source is its path, relative if it lies below the working directory, its label -1, and its index a
-    number that is another one when the file is replaced or changed. The set has the name of the folder that was given
-    or that holds them all, or of the only picture. Raises InputError, naming the path, if one holds or matches no
-    picture.
+    A picture's source is its path, relative if it lies below the working directory, and its label -1. The set has the
+    name of the folder that was given or that holds them all, or of the only picture. Raises InputError, naming the
+    path, if one holds or matches no picture, and as `with_pages` does.
     """
     if not paths:
         raise InputError("--images names no picture: give pictures, folders or glob patterns")
     found: dict[str, str] = {}  # by where a file really is
     for path in map(str, paths):
         matches = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
-        below = [each for match in matches for each in _pictures_at(match)]
+        # a file itself counts whatever its ending
+        below = [
+            each for match in matches for each in (folders.pictures_below(match) if os.path.isdir(match) else [match])
+        ]
         if not below:
             raise InputError(
                 f"--images {path}: no such picture, folder with pictures, or glob pattern that matches some (in a "
@@ -174,27 +203,15 @@ def open_pictures(paths: Sequence[str]) -> ImageSet:
         name = Path(real[0]).stem
     else:
         name = Path(os.path.commonpath(real)).name
-    return ImageSet(
+    listed = ImageSet(
         name=name or "root",
         classes=[],
-        index=np.array([_file_number(path) for path in real], dtype=np.int64),
+        index=np.full(len(real), -1, np.int64),
         label=np.full(len(real), -1, np.int64),
         source=np.array([_short(found[path]) for path in real], dtype=np.str_),
         open_image=partial(_open_file, Path()),
     )
-
-
-def _pictures_at(path: str) -> list[str]:
-    """A file itself, whatever its ending, or the pictures below a folder, where links may lead back to it."""
-    if not os.path.isdir(path):
-        return [path]
-    pictures, seen = [], set()
-    for here, folders, names in os.walk(path, followlinks=True):
-        seen.add(os.path.realpath(here))
-        inner = (name for name in sorted(folders) if not name.startswith("."))
-        folders[:] = [name for name in inner if os.path.realpath(os.path.join(here, name)) not in seen]
-        pictures += [os.path.join(here, name) for name in sorted(names) if _is_picture(name)]
-    return pictures
+    return with_pages(listed, Path())
 
 
 def _short(path: str) -> str:
@@ -203,45 +220,26 @@ def _short(path: str) -> str:
     return os.path.relpath(path) if Path(path).is_relative_to(os.getcwd()) else path
 
 
-def _file_number(path: str) -> int:
-    """63 bits of a checksum over a file's path, size and time of change; of the path alone if it cannot be read."""
-    try:
-        about = os.stat(path)
-        stamp = f"{about.st_size} {about.st_mtime_ns}"
-    except OSError:  # a link to nothing, which the decoder will name
-        stamp = ""
-    return int.from_bytes(hashlib.sha256(os.fsencode(f"{stamp} {path}")).digest()[:8]) >> 1
-
-
-def _is_picture(path: str | Path) -> bool:
-    # a leading dot marks what file managers leave behind, such as ._photo.jpg
-    return not Path(path).name.startswith(".") and Path(path).suffix.lower() in _endings()
-
-
-@cache
-def _endings() -> set[str]:
-    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-
-
 def _open_pixels(pixels: np.ndarray, index: int, source: str) -> Image.Image:
     return Image.fromarray(pixels[index])
 
 
 def _open_file(root: Path, index: int, source: str) -> Image.Image:
-    return Image.open(root / source)
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return decoding.open_file(*folders.file_and_page(root, source))
 
 
 def class_label(classes: list[str], name: str) -> int:
-    """The label of a class given by its name or, if no class has that name, by its index as text. Raises InputError."""
+    """The label of a class given by its name or, where no class has a number for a name, by its index from 0.
+
+    Raises InputError if it is neither.
+    """
     if name in classes:
         return classes.index(name)
-    if name.isdecimal() and int(name) < len(classes):
+    are_numbers = any(each.isdecimal() for each in classes)
+    if not are_numbers and name in map(str, range(len(classes))):
         return int(name)
-    raise InputError(f"unknown class {name!r}: choose --normal-class from {', '.join(classes)}, or an index from 0")
+    index = "" if are_numbers else ", or an index from 0"
+    raise InputError(f"unknown class {name!r}: choose --normal-class from {', '.join(classes)}{index}")
 
 
 def default_class(dataset: str) -> str:
@@ -260,6 +258,13 @@ def default_class(dataset: str) -> str:
     return names[0]
 
 
+def whole_path(dataset: str) -> str:
+    """A data set with the whole path of a folder, since other scripts may run elsewhere."""
+    with files.reading(Path(dataset)):
+        is_folder = dataset not in EMBEDDED and Path(dataset).is_dir()
+    return str(Path(dataset).resolve()) if is_folder else dataset
+
+
 def check_splits(splits: Sequence[str]) -> None:
     """Raise InputError unless these are splits, one at least."""
     if not splits:
@@ -268,29 +273,74 @@ def check_splits(splits: Sequence[str]) -> None:
         raise InputError(f"unknown split {min(unknown)!r}: choose --splits from {', '.join(SPLITS)}")
 
 
-def open_split(dataset: str, split: str, normal_class: str) -> ImageSet:
-    """One of the four splits of a data set, in the data set's own order.
+def open_split(dataset: str, split: str, normal_class: str, group_by: str | None = None) -> ImageSet:
+    """One of the four splits of a data set, see `list_split`; of a folder its files are read. Raises InputError."""
+    listed = list_split(dataset, split, normal_class, group_by)
+    return listed if dataset in EMBEDDED else with_pages(listed, Path(dataset))
 
-    `train` is the first 80% of the normal class's training images and `validation` the other 20%; `train_anomalies` is
-    every training image of another class; `test` is the data set's own test part. Raises InputError for an unknown
-    split, data set or class, and for a normal class with fewer than five training images.
+
+def list_split(dataset: str, split: str, normal_class: str, group_by: str | None = None) -> ImageSet:
+    """One of the four splits of a data set, in the data set's own order; of a folder, its files, see `open_dataset`.
+
+    `train` and `validation` share the normal class's training images. Of cifar10 and digits the first 80% train; of a
+    folder a hash of each file's name decides, or of what the regular expression `group_by` finds in it, see
+    `folders.in_validation`. Where the folder has a part validation/, that is it, and all of train/ trains.
+    `train_anomalies` is every training image of another class; `test` is the data set's own test part. Raises
+    InputError for an unknown split, data set or class, and for a normal class with fewer than five training images.
     """
     check_splits([split])
-    images = open_dataset(dataset, "test" if split == "test" else "train")
-    label = class_label(images.classes, normal_class)
-    if split == "test":
-        return images
+    listed = open_dataset(dataset, "test" if split == "test" else "train")
+    label = class_label(listed.classes, normal_class)
     if split == "train_anomalies":
-        return images.take(images.label != label)
-    normal = np.flatnonzero(images.label == label)
-    if len(normal) < 5:
-        with_images = ", ".join(images.classes[i] for i in np.unique(images.label))
-        raise InputError(
-            f"class {images.classes[label]!r} has {len(normal)} training images in {dataset} and needs 5 or more: add "
-            f"some, or choose --normal-class from those with training images ({with_images or 'there are none'})"
-        )
-    first = int(0.8 * len(normal))
-    return images.take(normal[:first] if split == "train" else normal[first:])
+        listed = listed.take(listed.label != label)
+    elif split != "test":
+        normal = listed.take(listed.label == label)
+        if len(normal) < 5:
+            with_images = ", ".join(listed.classes[i] for i in np.unique(listed.label)) or "there are none"
+            raise InputError(
+                f"class {listed.classes[label]!r} has {len(normal)} training images in {dataset} and needs 5 or more: "
+                f"add some, or choose --normal-class from those with training images ({with_images})"
+            )
+        listed = _one_side(dataset, normal, split, group_by)
+    return listed
+
+
+def _one_side(dataset: str, normal: ImageSet, split: str, group_by: str | None) -> ImageSet:
+    """Those of the normal class's training images that train, or those that validate."""
+    if dataset in EMBEDDED:
+        if group_by is not None:
+            raise InputError(f"--group-by is for folders: the split of {dataset} is fixed")
+        first = int(0.8 * len(normal))
+        return normal.take(slice(first) if split == "train" else slice(first, None))
+    validation = open_dataset(dataset, "validation")
+    if len(validation) > 0:
+        if group_by is not None:
+            raise InputError(f"--group-by has no use where {dataset}/validation says which pictures validate")
+        validation = validation.take(validation.label == normal.label[0])
+        if len(validation) == 0:
+            name = normal.classes[normal.label[0]]
+            raise InputError(f"{dataset}/validation has no pictures of the normal class: put some into {name}/ there")
+        return normal if split == "train" else validation
+    validates = folders.in_validation([_group(source, group_by) for source in normal.source])
+    return normal.take(~validates if split == "train" else validates)
+
+
+def _group(source: str, group_by: str | None) -> str:
+    """What a file must stay together with: by default itself alone, so that its pages do.
+
+    `group_by` looks in its path below train/. Its first group counts if it has one. Raises InputError if it finds
+    nothing, or is no regular expression.
+    """
+    name = source.removeprefix("train/")
+    if group_by is None:
+        return name
+    try:
+        found = re.search(group_by, name)
+    except re.error as error:
+        raise InputError(f"--group-by {group_by!r} is no regular expression ({error})") from error
+    if found is None:
+        raise InputError(f"--group-by {group_by!r} finds nothing in {name}: each picture needs a group")
+    return found[1] or "" if found.re.groups else found[0]
 
 
 def stratified_subset(label: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -311,26 +361,25 @@ def evenly_spaced(length: int, count: int) -> np.ndarray:
     return np.unique(np.linspace(0, length - 1, count).round().astype(np.int64))
 
 
-def load_images(
-    image_set: ImageSet, image_size: int, image_channels: int, skip_unreadable: bool = False
-) -> tuple[torch.Tensor, ImageSet]:
-    """Decode a whole set to uint8 (N, image_channels, image_size, image_size); also returns the set of those N images.
+def load_images(image_set: ImageSet, view: View, skip_unreadable: bool = False) -> tuple[torch.Tensor, ImageSet]:
+    """Decode a whole set to uint8 (N, C, size, size); also returns the set of those N images.
 
     See `image_batches`, which holds no more than a few batches.
     """
     batches = chunks(range(len(image_set)), 64)
-    # a bar only on a terminal, and if it takes longer than a second
-    bar = {"leave": False, "delay": 1, "disable": True if processes.rank() else None}
-    decoded = image_batches(image_set, batches, image_size, image_channels, skip_unreadable)
-    pixels = torch.empty(len(image_set), image_channels, image_size, image_size, dtype=torch.uint8)
+    decoded = image_batches(image_set, batches, view, skip_unreadable, quiet=processes.rank() > 0)
+    pixels = torch.empty(len(image_set), view.channels, view.size, view.size, dtype=torch.uint8)
     count, readable = 0, [np.empty(0, np.int64)]
-    for batch, positions, faults in tqdm(decoded, "reading", len(batches), **bar):
+    for batch, positions in tqdm(decoded, "reading", len(batches), **_bar()):
         pixels[count : count + len(batch)] = batch
         count += len(batch)
         readable.append(positions)
-        if processes.rank() == 0:  # the others read the same
-            name_skipped(faults)
     return pixels[:count], image_set.take(np.concatenate(readable))
+
+
+def _bar() -> dict[str, Any]:
+    """Only on a terminal, and if it takes longer than a second; of several processes one shows it."""
+    return {"leave": False, "delay": 1, "disable": True if processes.rank() else None}
 
 
 def chunks(rows: range, size: int) -> list[range]:
@@ -338,73 +387,128 @@ def chunks(rows: range, size: int) -> list[range]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
+def find_levels(image_set: ImageSet, view: View) -> tuple[float, float] | None:
+    """The black and the white point for pictures with more than 8 bits, see `decoding.black_and_white`.
+
+    None if the first picture that can be read has 8 bits: then all must have them.
+    """
+    first = next(
+        (found for row in range(len(image_set)) if (found := _spreads(image_set, view, range(row, row + 1)))), []
+    )
+    if first in ([], [None]):
+        return None
+    batches = chunks(range(len(image_set)), 64)
+    found = tqdm(_in_workers(partial(_spreads, image_set, view), batches), "levels", len(batches), **_bar())
+    return decoding.black_and_white(np.array([each for each in chain(*found) if each is not None]))
+
+
+def _spreads(image_set: ImageSet, view: View, rows: range) -> list[tuple[float, float] | None]:
+    """`decoding.spread` of those images that can be read."""
+    found = []
+    for row in rows:
+        with _noting(image_set, row, []):
+            found.append(decoding.spread(image_set.open(row), view))
+    return found
+
+
 def image_batches(
-    image_set: ImageSet,
-    batches: Sequence[range],
-    image_size: int,
-    image_channels: int,
-    skip_unreadable: bool = False,
-) -> Iterator[tuple[torch.Tensor, np.ndarray, list[str]]]:
+    image_set: ImageSet, batches: Sequence[range], view: View, skip_unreadable: bool = False, quiet: bool = False
+) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
     """Decode these rows of a set, in order, in worker processes that run a few batches ahead.
 
-    Yields for each the uint8 (N, image_channels, image_size, image_size), the images' positions in the set (N,), and
-    what is wrong with those that are left out. The shorter side is resized to `image_size` (antialiased bilinear), then
-    the centre is cut out. Raises InputError for an image that cannot be read, unless `skip_unreadable` leaves it out.
+    Yields for each the uint8 (N, C, size, size) as a network sees it, see `decoding.as_seen`, and the images' positions
+    in the set (N,). Raises InputError for an image that cannot be read, unless `skip_unreadable` leaves it out. Unless
+    `quiet`, it names on stderr those left out, and says at the end what else was lost.
     """
-    decode = _Decoder(image_set, image_size, image_channels, skip_unreadable)
+    outside: dict[int, float] = {}
+    in_colour: list[int] = []
+    for seen, faults in _in_workers(partial(_decode, image_set, view, skip_unreadable), batches):
+        if faults and not skip_unreadable:
+            raise InputError(f"cannot read the image {faults[0]}: replace it, or use --skip-unreadable")
+        for fault in faults if not quiet else ():
+            tqdm.write(f"skipped, cannot be read: {fault}", file=sys.stderr)
+        pixels, positions, shares, lost_colour = seen
+        outside |= {row: share for row, share in zip(positions.tolist(), shares.tolist(), strict=True) if share > 0}
+        in_colour += positions[lost_colour].tolist()
+        yield torch.from_numpy(pixels), positions
+    if not quiet:
+        _say_what_is_lost(image_set, view, outside, in_colour)
+
+
+def _say_what_is_lost(image_set: ImageSet, view: View, outside: dict[int, float], in_colour: list[int]) -> None:
+    """Colour in pictures for a grey GAN, and levels beyond its black and white points."""
+    if in_colour:
+        tqdm.write(
+            f"{len(in_colour)} of {len(image_set)} pictures are in colour, such as {image_set.source[in_colour[0]]}, "
+            "and are judged in grey, as the training pictures are: what differs in colour alone is not seen"
+        )
+    if outside:
+        row = max(outside, key=outside.get)
+        black, white = view.levels
+        tqdm.write(
+            f"{len(outside)} of {len(image_set)} pictures have pixels outside the levels {black:.6g} (black) to "
+            f"{white:.6g} (white): {sum(outside.values()) / len(image_set):.2%} of all pixels, most in "
+            f"{image_set.source[row]} ({outside[row]:.1%})"
+        )
+
+
+Decoded = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def _decode(image_set: ImageSet, view: View, skip_unreadable: bool, rows: range) -> tuple[Decoded, list[str]]:
+    """Pixels (N, C, H, W), positions, shares outside the levels and lost colours (N,) of the images that can be read;
+    and what is wrong with the others."""
+    seen, positions, faults = [], [], []
+    for row in rows:
+        with _noting(image_set, row, faults):
+            seen.append(decoding.as_seen(image_set.open(row), view))
+            positions.append(row)
+        if faults and not skip_unreadable:
+            break
+    pixels = np.array([each.pixels for each in seen], np.uint8).reshape(-1, view.channels, view.size, view.size)
+    outside = np.array([each.outside for each in seen], np.float64)
+    lost_colour = np.array([each.lost_colour for each in seen], bool)
+    return (pixels, np.array(positions, np.int64), outside, lost_colour), faults
+
+
+@contextlib.contextmanager
+def _noting(image_set: ImageSet, row: int, faults: list[str]) -> Iterator[None]:
+    """Add to `faults` what the block raises on an image that it cannot read."""
+    try:
+        yield
+    except NameError:  # a fault of ours
+        raise
+    except Exception as error:  # a damaged file can make a decoder raise anything
+        faults.append(f"{image_set.source[row]} ({error})")
+
+
+class _Rows:
+    """What DataLoader calls a data set: a function of some rows, which any process can call."""
+
+    def __init__(self, function: Callable[[range], Any]) -> None:
+        self._function = function
+
+    def __getitem__(self, rows: range) -> Any:
+        return self._function(rows)
+
+
+def _in_workers(function: Callable[[range], Any], batches: Sequence[range]) -> Iterator[Any]:
+    """A function of each batch of rows, in order, in worker processes that run a few batches ahead.
+
+    Arrays come through pipes: tensors would take /dev/shm, of which a container may have next to nothing.
+    """
     workers = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(batches) - 1)
-    # Arrays come through pipes: tensors would take /dev/shm, of which a container may have next to nothing
-    loader = DataLoader(
-        decode,
+    yield from DataLoader(
+        _Rows(function),
         batch_size=None,
         sampler=batches,
         collate_fn=_as_it_is,
         num_workers=max(0, workers),
         worker_init_fn=_end_with_parent,
     )
-    for pixels, positions, faults in loader:
-        if faults and not skip_unreadable:
-            raise InputError(f"cannot read the image {faults[0]}: replace it, or use --skip-unreadable")
-        yield torch.from_numpy(pixels), positions, faults
 
 
-def name_skipped(faults: list[str]) -> None:
-    """Name on stderr the images that `image_batches` has left out."""
-    for fault in faults:
-        tqdm.write(f"skipped, cannot be read: {fault}", file=sys.stderr)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Decoder:
-    """What DataLoader calls a data set: decodes some rows of a set, in any process."""
-
-    image_set: ImageSet
-    image_size: int
-    image_channels: int
-    skip_unreadable: bool
-
-    def __getitem__(self, rows: range) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Pixels (N, C, H, W) and positions (N,) of the images that can be read, and what is wrong with the others."""
-        to_square = Compose([Resize(self.image_size), CenterCrop(self.image_size)])
-        pixels, positions, faults = [], [], []
-        for row in rows:
-            try:
-                image = _to_8_bit(self.image_set.open(row), self.image_channels)
-            except NameError:  # a fault of this file
-                raise
-            except Exception as error:  # a damaged file can make a decoder raise anything
-                faults.append(f"{self.image_set.source[row]} ({error})")
-                if not self.skip_unreadable:
-                    break
-                continue
-            side = self.image_size
-            pixels.append(np.asarray(to_square(image)).reshape(side, side, self.image_channels).transpose(2, 0, 1))
-            positions.append(row)
-        shape = (len(pixels), self.image_channels, self.image_size, self.image_size)
-        return np.array(pixels, np.uint8).reshape(shape), np.array(positions, np.int64), faults
-
-
-def _as_it_is(batch: tuple) -> tuple:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 
@@ -419,21 +523,6 @@ def _end_with_parent(worker: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _to_8_bit(image: Image.Image, image_channels: int) -> Image.Image:
-    """Any image Pillow opens as 8-bit grey or RGB: turned as its EXIF tag says, transparent parts on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel, which convert("L") would clip at 255 instead of scaling
-        levels = np.asarray(image).astype(np.int64)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise ValueError("its grey levels lie outside 0 to 65535")
-        image = Image.fromarray((levels / 257).round().astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range; convert it to 8 or 16 bits")
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("L" if image_channels == 1 else "RGB")
 
 
 def has_masks(dataset: str) -> bool:

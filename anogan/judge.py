@@ -12,23 +12,25 @@ from anogan.scores import ScoredSplit
 from anogan.verdicts import Verdict
 
 
-def write(run_dir: Path, scored: dict[str, ScoredSplit], verdict: Verdict) -> Path:
-    """All that is found of the split `images`, to a folder images-<name> in the run folder, which it returns.
+def write(pictures: ScoredSplit, of_normals: np.ndarray, verdict: Verdict) -> Path:
+    """All that is found of pictures, to a folder images-<name> in the run folder, which it returns.
+
+    `of_normals` (V,) are the validation normals' values of the score that the verdict is by.
 
     Another set of pictures of the same name replaces what was there, once all is written.
     """
-    validation, pictures = scored["validation"], scored["images"]
+    run_dir = pictures.gan.run_dir
     folder = run_dir / f"images-{pictures.images.name}"
     partial = folder.with_name(f"{files.PARTIAL}{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     files.make_folder(partial)
     write_table(partial / "scores.csv", pictures, verdict)
-    both = np.concatenate([each.scores[verdict.score] for each in (validation, pictures)])
+    both = np.concatenate([of_normals, pictures.scores[verdict.score]])
     label = pictures.declared[verdict.score].label
     plots.score_histograms(
         partial / "scores.png",
         {label: both},
-        np.arange(len(both)) >= len(validation.images),
+        np.arange(len(both)) >= len(of_normals),
         (label, verdict.threshold),
         "",
         kinds=("validation normals", "your pictures"),
@@ -77,7 +79,7 @@ def mark_pictures(folder: Path, pictures: ScoredSplit, verdict: Verdict) -> None
     with processes.progress_bar(len(source), " pictures", desc="marking", leave=False) as bar:
         for rows, x, generated in pictures.drawn():
             for row, heat in zip(rows, heatmaps.difference(x, generated), strict=True):
-                picture = pictures.images.picture(row)
+                picture = pictures.images.picture(row, pictures.gan.view)
                 whole = heatmaps.at_own_size(heat, picture.size)
                 for kind, pixels in (
                     ("heat", heatmaps.coloured(whole, verdict.brightest)),

@@ -14,7 +14,7 @@ import torch
 from anogan import files, images, processes, runs
 from util import InputError, anomaly_score, quoted
 
-PER_IMAGE = ("z", "residual", "discrimination", "label", "index", "source")  # arrays of latents-<split>.npz
+PER_IMAGE = ("z", "residual", "discrimination", "class_name", "index", "source")  # arrays of latents-<split>.npz
 COMMAND = "fit_latent.py"
 
 
@@ -69,17 +69,14 @@ class Latents:
         gan = self._gan
         batches = {path: images.chunks(rows, batch_size) for path, rows in self._mine.items()}
         all_batches = list(chain(*batches.values()))
-        decoded = images.image_batches(
-            self._set, all_batches, gan.image_size, gan.image_channels, self._skip_unreadable
-        )
+        decoded = images.image_batches(self._set, all_batches, gan.view, self._skip_unreadable)
         bar_format = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
         total = sum(map(len, all_batches))
         with processes.progress_bar(total, " images", desc=self._split, bar_format=bar_format) as self._bar:
             done = 0
             for path in self._mine:
                 for rows in batches[path]:
-                    pixels, positions, faults = next(decoded)
-                    images.name_skipped(faults)
+                    pixels, positions = next(decoded)
                     if len(pixels) > 0:
                         x = images.to_model(pixels, gan.device).contiguous(memory_format=torch.channels_last)
                         yield positions, x
@@ -172,7 +169,7 @@ class Latents:
         z, residual, discrimination, rows = (torch.cat(part).numpy() for part in zip(*self._found, strict=True))
         self._found = []
         arrays = {"z": z, "residual": residual, "discrimination": discrimination}
-        arrays |= {name: getattr(self._set, name)[rows] for name in ("label", "index", "source")}
+        arrays |= {name: getattr(self._set, name)[rows] for name in ("class_name", "index", "source")}
         self._write(path, arrays, self._set.take(self._shards[path]))
 
     def _write(self, path: Path, arrays: dict[str, np.ndarray], asked_for: images.ImageSet | None = None) -> None:
@@ -232,9 +229,9 @@ def read_arrays(
 
 
 def read_fits(gan: runs.TrainedGAN, splits: list[str], discrimination: str = "features") -> dict[str, dict[str, Any]]:
-    """The latents of these splits, `validation` among them, found with this discrimination loss.
+    """The latents of these splits, found with this discrimination loss.
 
-    Raises InputError if one is missing or not what its name says, or unless all are of one search.
+    Raises InputError if one is missing or not what its name says, or unless all are of the search of `validation`.
     """
 
     def again(split: str) -> str:
@@ -243,7 +240,7 @@ def read_fits(gan: runs.TrainedGAN, splits: list[str], discrimination: str = "fe
         return f"run {COMMAND} --run-dir {quoted(gan.run_dir)}{guided}{which}"
 
     latents = {}
-    for split in splits:
+    for split in dict.fromkeys(["validation", *splits]):
         path = latents_path(gan.run_dir, split, discrimination)
         try:
             latents[split] = read_latents(path, split, gan)
@@ -259,7 +256,7 @@ def read_fits(gan: runs.TrainedGAN, splits: list[str], discrimination: str = "fe
                 f"validation and {split} were fitted with different settings ({', '.join(differing)}): {values}; "
                 f"{again(split)} with the same flags for both"
             )
-    return latents
+    return {split: latents[split] for split in splits}
 
 
 def check_same_search(gan: runs.TrainedGAN, search: dict[str, Any]) -> None:
@@ -276,14 +273,15 @@ def check_same_search(gan: runs.TrainedGAN, search: dict[str, Any]) -> None:
 
 def fitted_images(image_set: images.ImageSet, split: str, latents: dict[str, Any]) -> images.ImageSet:
     """Those images of a set that these latents belong to. Raises InputError if the set has changed since."""
-    fitted = image_set.take(np.isin(image_set.index, latents["index"]))  # both in the data set's order
     # from another working directory the same pictures have other sources
-    for name in ("index", "label") if split == "images" else ("index", "label", "source"):
-        if not np.array_equal(getattr(fitted, name), latents[name]):
+    by = "index" if split == "images" else "source"
+    fitted = image_set.take(np.isin(getattr(image_set, by), latents[by]))  # both in the data set's order
+    for name, differs in (("source", "names"), ("index", "contents")):
+        if (name != "source" or split != "images") and not np.array_equal(getattr(fitted, name), latents[name]):
             again = "--images with these pictures" if split == "images" else f"--splits {split}"
             raise InputError(
-                f"the images of {image_set.name} are not those that latents-{split}.npz was fitted to (other {name}): "
-                f"run {COMMAND} {again} again"
+                f"the images of {image_set.name} are not those that latents-{split}.npz was fitted to (other "
+                f"{differs}): run {COMMAND} {again} again"
             )
     return fitted
 
@@ -295,6 +293,7 @@ def drawn(
     z: np.ndarray | None,
     batch_size: int,
     skip_unreadable: bool = False,
+    quiet: bool = True,
 ) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor | None]]:
     """A set's images with what G draws from their z (M, latent_dim), batch by batch.
 
@@ -302,9 +301,6 @@ def drawn(
     G(z). Raises InputError for an image that cannot be read, unless they are to be skipped.
     """
     batches = images.chunks(range(len(image_set)), batch_size)
-    for pixels, rows, faults in images.image_batches(
-        image_set, batches, gan.image_size, gan.image_channels, skip_unreadable
-    ):
-        images.name_skipped(faults)
+    for pixels, rows in images.image_batches(image_set, batches, gan.view, skip_unreadable, quiet):
         x = images.to_model(pixels, gan.device).contiguous(memory_format=torch.channels_last)
         yield rows, x, None if z is None else gan.generator(torch.from_numpy(z[rows]).to(gan.device))

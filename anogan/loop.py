@@ -49,6 +49,7 @@ class TrainingConfig(Protocol):
     seed: int
     device: str
     precision: util.Precision
+    dataset: str | None
     run_dir: Path | None
     skip_unreadable: bool
 
@@ -324,8 +325,9 @@ def script_name(command: str) -> str:
 
 
 def weight_settings(config: TrainingConfig, normal_class: str, precision: str, training_images: str) -> dict[str, Any]:
-    """All that decides what the weights become, hardware aside; the images by their `runs.checksum`."""
-    elsewhere = ("device", "compile", "checkpoint_every", "fresh", "run_dir", "skip_unreadable", "tensorboard")
+    """All that decides what the weights become, hardware aside; the images by their `ImageSet.checksum`."""
+    elsewhere = {"device", "compile", "checkpoint_every", "fresh", "run_dir", "skip_unreadable", "tensorboard"}
+    elsewhere |= {"dataset", "max_megapixels"}  # the training images have a checksum
     return {name: value for name, value in asdict(config).items() if name not in elsewhere} | {
         "normal_class": normal_class,
         "precision": precision,
@@ -337,13 +339,12 @@ def weight_settings(config: TrainingConfig, normal_class: str, precision: str, t
 def _check_same_settings(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise InputError, naming the fields, if a checkpoint has other settings.
 
-    More epochs are fine, and so is another path to a data set that holds the same training images. A setting of an
-    older version that exists no more does not count.
+    More epochs are fine. A setting of an older version that exists no more does not count.
     """
     differing = [
         f"{name} {before.get(name)}, not {now.get(name)}"
         for name in runs.differing_settings(before, now)
-        if name in now and name not in ("epochs", "dataset")
+        if name in now and name != "epochs"
     ]
     if differing:
         raise util.InputError(
@@ -367,7 +368,7 @@ def detector_training(
     device = util.pick_device(config.device)
     run_dir = runs.find_run(config.run_dir)
     with processes.join(device), runs.run_folder(run_dir):
-        gan = runs.load_gan(run_dir, device)
+        gan = runs.load_gan(run_dir, device, config.dataset)
         config = replace(
             config,
             epochs=math.ceil(gan.epoch) if config.epochs is None else config.epochs,

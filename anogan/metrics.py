@@ -113,7 +113,7 @@ def pixel_metrics(test: ScoredSplit, level: float) -> dict[str, float | int]:
     def heat_and_mask() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for rows, x, generated in test.drawn():
             for row, heat in zip(rows, heatmaps.difference(x, generated), strict=True):
-                size = test.images.picture(row).size
+                size = test.images.picture(row, test.gan.view).size
                 mask = np.zeros(size[::-1], bool)
                 if test.is_anomaly[row]:
                     mask = images.open_mask(test.gan.dataset, test.images.source[row], size)

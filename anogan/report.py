@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from anogan import files, heatmaps, verdicts
+from anogan.runs import TrainedGAN
 from anogan.scores import ScoredSplit
 from anogan.verdicts import Verdict
 from util import quoted
@@ -151,6 +152,16 @@ def print_table(found: dict) -> None:
             f"\nheat maps against the masks: pixel-level ROC-AUC {of['pixel_roc_auc']:.3f}, AUPRO {of['aupro']:.3f} "
             f"(false alarms up to 30%); something is marked in {of['regions_found']} of their {of['regions']} regions"
         )
+
+
+def print_without_test(gan: TrainedGAN, validation: ScoredSplit) -> None:
+    """What a run without test pictures is told: nothing is measured, and pictures can be judged."""
+    script = "evaluate.py" if validation.z is None else "fit_latent.py"
+    print(
+        f"{gan.dataset} has no test pictures, so nothing is measured; the scores of {len(validation.images)} "
+        f"validation normals are in {gan.run_dir}\nnext: judge your own pictures: "
+        f"python {script} --run-dir {quoted(gan.run_dir)} --images PATH"
+    )
 
 
 def write_run(test: ScoredSplit, verdict: Verdict, found: dict[str, Any], figures: list[Path]) -> None:

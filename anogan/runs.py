@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from anogan import files, images, processes
+from anogan.decoding import View
 from network import Discriminator, Generator, fold_batchnorm
 from util import InputError, quoted
 
@@ -120,18 +121,20 @@ class TrainedGAN:
     run_dir: Path
     generator: Generator
     discriminator: Discriminator
-    dataset: str
-    classes: list[str]
+    dataset: str  # where it lies now
     normal_class: str
+    group_by: str | None  # what kept pictures together when validation was chosen, see `images.list_split`
     image_size: int
     image_channels: int
+    levels: tuple[float, float] | None  # the black and the white point, see `decoding.View`
+    max_megapixels: float
     latent_dim: int
     ngf: int
     ndf: int
     batch_size: int
     epoch: float  # how many epochs it was trained for
-    training_set: str  # fingerprint of the split it was trained on, by the images' names
-    training_images: str  # how many, and a checksum of their pixels
+    training_set: str  # fingerprint of the split it was trained on, by the names of the files
+    training_images: str  # how many, and a checksum of the names and bytes of the files
     fingerprint: str  # SHA-256 of the file: what was made with it names it
 
     @property
@@ -139,17 +142,29 @@ class TrainedGAN:
         """Where both networks are."""
         return next(self.generator.parameters()).device
 
+    @property
+    def view(self) -> View:
+        """How both networks see a picture."""
+        return View(self.image_size, self.image_channels, self.levels, self.max_megapixels)
 
-def load_gan(run_dir: Path, device: torch.device) -> TrainedGAN:
-    """G and D of `run_dir`/gan.pt, frozen. Raises InputError, see `reading_checkpoint`."""
+
+def load_gan(
+    run_dir: Path, device: torch.device, dataset: str | None = None, max_megapixels: float | None = None
+) -> TrainedGAN:
+    """G and D of `run_dir`/gan.pt, frozen.
+
+    `dataset` says where its data set lies now, which the run folder then remembers; `max_megapixels` replaces the limit
+    of the training. Raises InputError if the training images there are others, and as `reading_checkpoint` does.
+    """
     with reading_checkpoint(run_dir / "gan.pt", "train_gan.py") as (state, fingerprint):
         config, channels = state["config"], state["image_channels"]
         weights = state["generator"], state["discriminator"]
+        names = ("group_by", "image_size", "latent_dim", "ngf", "ndf", "batch_size", "training_images")
         about = {
-            **{name: config[name] for name in ("dataset", "image_size", "latent_dim", "ngf", "ndf", "batch_size")},
-            **{name: state[name] for name in ("classes", "normal_class", "epoch", "training_set")},
+            **{name: config[name] for name in names},
+            **{name: state[name] for name in ("dataset", "normal_class", "epoch", "training_set", "levels")},
+            "max_megapixels": max_megapixels or state["max_megapixels"],
             "image_channels": channels,
-            "training_images": config["training_images"],
             "fingerprint": fingerprint,
         }
     # outside the block above: a fault in network.py is not a damaged gan.pt
@@ -159,7 +174,8 @@ def load_gan(run_dir: Path, device: torch.device) -> TrainedGAN:
         with naming_damage(run_dir / "gan.pt", "train_gan.py"):
             network.load_state_dict(state)
         freeze(network, device)
-    return TrainedGAN(run_dir, generator, discriminator, **about)
+    gan = TrainedGAN(run_dir, generator, discriminator, **about)
+    return _at_its_data(gan, dataset)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,32 +222,34 @@ def differing_settings(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 def open_split(gan: TrainedGAN, split: str) -> images.ImageSet:
     """A split of the data set that this GAN was trained on.
 
-    Raises InputError if the classes or the training images' names have changed since, which would move pictures that
+    Raises InputError if the data set is not where it was, or has other training images, which would move pictures that
     the GAN has seen into `validation`.
     """
-    image_set = images.open_split(gan.dataset, split, gan.normal_class)
-    if image_set.classes != gan.classes:
-        raise InputError(f"{gan.dataset} has other classes than gan.pt was trained with: train again")
+    if gan.dataset not in images.EMBEDDED and not Path(gan.dataset).is_dir():
+        raise InputError(
+            f"the data set of this run is not in {gan.dataset} any more: say where it is with --dataset DIR (pictures "
+            "without labels can be judged without it, see docs/own-pictures.md)"
+        )
     if split != "test":
-        training = image_set if split == "train" else images.open_split(gan.dataset, "train", gan.normal_class)
-        if training.fingerprint() != gan.training_set:
-            raise InputError(
-                f"the training part of {gan.dataset} has other pictures than when gan.pt was trained, so that "
-                "validation would not be new to it: put them back, or train again with train_gan.py --fresh"
-            )
-    return image_set
+        training_files(gan)
+    return images.open_split(gan.dataset, split, gan.normal_class, gan.group_by)
 
 
-def checksum(pixels: torch.Tensor) -> str:
-    """How many images these are, uint8 (N, C, H, W), and a checksum of their pixels."""
-    return f"{len(pixels)} with checksum {hashlib.sha256(pixels.numpy()).hexdigest()[:16]}"
+def training_files(gan: TrainedGAN) -> images.ImageSet:
+    """The files of the split that this GAN was trained on, see `images.list_split`. Raises InputError if their names
+    have changed since."""
+    listed = images.list_split(gan.dataset, "train", gan.normal_class, gan.group_by)
+    if listed.fingerprint() != gan.training_set:
+        raise InputError(
+            f"the training part of {gan.dataset} has other pictures than when gan.pt was trained, so that validation "
+            "would not be new to it: put them back, or train again with train_gan.py --fresh"
+        )
+    return listed
 
 
-def load_training_images(
-    image_set: images.ImageSet, image_size: int, image_channels: int, skip_unreadable: bool, count: int = 1
-) -> torch.Tensor:
+def load_training_images(image_set: images.ImageSet, view: View, skip_unreadable: bool, count: int = 1) -> torch.Tensor:
     """A set's images as uint8 (N, C, H, W) for `count` processes. Raises InputError if fewer can be read."""
-    pixels, _ = images.load_images(image_set, image_size, image_channels, skip_unreadable)
+    pixels, _ = images.load_images(image_set, view, skip_unreadable)
     if len(pixels) == 0:
         raise InputError(f"none of the {len(image_set)} training images can be read")
     if skipped := len(image_set) - len(pixels):
@@ -244,16 +262,37 @@ def load_training_images(
 def images_of_gan(gan: TrainedGAN, skip_unreadable: bool = False, count: int = 1) -> torch.Tensor:
     """The images that gan.pt was trained on, uint8 (N, C, H, W), for `count` processes.
 
-    Raises InputError if they have changed since, or as `load_training_images` does.
+    Raises InputError if they have changed since, or as `open_split` and `load_training_images` do.
     """
-    training = images.open_split(gan.dataset, "train", gan.normal_class)
-    pixels = load_training_images(training, gan.image_size, gan.image_channels, skip_unreadable, count)
-    if (found := checksum(pixels)) != gan.training_images:
+    training = open_split(gan, "train")
+    _check_training_images(gan, training)
+    return load_training_images(training, gan.view, skip_unreadable, count)
+
+
+def _check_training_images(gan: TrainedGAN, training: images.ImageSet) -> None:
+    if (found := training.checksum()) != gan.training_images:
         raise InputError(
             f"the training images of {gan.dataset} are not those of gan.pt ({found}, not {gan.training_images}): "
             "put those back, or start over with train_gan.py --fresh"
         )
-    return pixels
+
+
+def keep_place(run_dir: Path, dataset: str, training_images: str) -> None:
+    """Remember in dataset.json where a run's data set lies, for as long as its training images are these."""
+    if processes.rank() == 0:
+        files.write_json(run_dir / "dataset.json", {"dataset": dataset, "training_images": training_images})
+
+
+def _at_its_data(gan: TrainedGAN, dataset: str | None) -> TrainedGAN:
+    """The GAN with its data set where it is now: where `dataset` says, else where the run folder remembers it."""
+    if dataset is None:
+        kept = files.read_json(gan.run_dir / "dataset.json")
+        is_ours = kept.get("training_images") == gan.training_images
+        return dataclasses.replace(gan, dataset=kept["dataset"]) if is_ours else gan
+    moved = dataclasses.replace(gan, dataset=images.whole_path(dataset))
+    _check_training_images(moved, open_split(moved, "train"))
+    keep_place(gan.run_dir, moved.dataset, gan.training_images)
+    return moved
 
 
 # ---- run.json -------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ A high score means anomalous, for every score. The losses that R, D and A(x) are
 search takes them from. Each detector declares its own scores.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 from anogan import files, heatmaps, images, latents, runs
 from util import InputError, anomaly_score, quoted
 
+NORMALS = "validation-scores.npz"
 ImageSets = dict[str, images.ImageSet]  # by split; `images` are pictures without labels
 
 
@@ -92,7 +94,7 @@ def _read_reference(gan: runs.TrainedGAN, image_sets: ImageSets) -> dict[str, di
     """The latents of GAN_R for these images. Raises InputError if they are of others."""
     references = latents.read_fits(gan, list(image_sets), "reference")
     for split, image_set in image_sets.items():
-        for name in ("index", "label", "source"):
+        for name in ("index", "source"):
             if not np.array_equal(references[split][name], getattr(image_set, name)):
                 raise InputError(
                     f"the two searches of {split} are not of the same images (other {name}): run fit_latent.py with "
@@ -206,7 +208,7 @@ def fingerprints(scored: dict[str, ScoredSplit]) -> dict[str, str]:
     names = {
         score.source.file.format(split=name) for name, split in scored.items() for score in split.declared.values()
     }
-    run_dir = scored["validation"].gan.run_dir
+    run_dir = next(iter(scored.values())).gan.run_dir
     return {name: files.fingerprint(run_dir / name) for name in sorted(names)}
 
 
@@ -221,12 +223,17 @@ class Request:
 
 
 def score_run(
-    gan: runs.TrainedGAN, image_sets: ImageSets, declared: Sequence[Score], request: Request
+    gan: runs.TrainedGAN,
+    image_sets: ImageSets,
+    declared: Sequence[Score],
+    request: Request,
+    of_normals: dict[str, np.ndarray] | None = None,
 ) -> dict[str, ScoredSplit]:
-    """Every declared score that the run folder allows, of these sets' images, `validation` among them.
+    """Every declared score that the run folder allows, of these sets' images.
 
-    Where the sets were searched, only the images that were. Raises InputError if the score that was asked for is not
-    there, or a file is missing, damaged or of something else.
+    Where the sets were searched, only the images that were. `of_normals` are the scores of validation images, (V,) each
+    by name, which other scores are made with; by default those of the set `validation`. Raises InputError if the score
+    that was asked for is not there, or a file is missing, damaged or of something else.
     """
     loaded, image_sets = _load_sources(gan, image_sets, declared, request)
     present = [score for score in declared if score.source in loaded]
@@ -235,27 +242,65 @@ def score_run(
     scored: dict[str, ScoredSplit] = {}
     for split, image_set in image_sets.items():
         fits = loaded[LATENTS][split] if LATENTS in loaded else {"z": None, "search": None}
-        drawn = latents.drawn(gan, image_set, fits["z"], request.batch_size, request.skip_unreadable)
+        drawn = latents.drawn(gan, image_set, fits["z"], request.batch_size, request.skip_unreadable, quiet=False)
         by_name, readable = _score_batches(split, image_set, loaded, present, drawn)
         image_set = image_set.take(readable)
-        is_labelled = image_set.label >= 0
+        class_name = image_set.class_name
         scored[split] = ScoredSplit(
             gan=gan,
             images=image_set,
             z=None if fits["z"] is None else fits["z"][readable],
             search=fits["search"],
-            class_name=np.where(is_labelled, np.array(gan.classes)[image_set.label], ""),
-            is_anomaly=is_labelled & (image_set.label != gan.classes.index(gan.normal_class)),
+            class_name=class_name,
+            is_anomaly=(class_name != "") & (class_name != gan.normal_class),
             scores=by_name,
             declared={score.name: score for score in present},
             batch_size=request.batch_size,
         )
     for score in present:  # those made of others come last: validation has all the others by then
         if score.parts:
-            normals = {name: scored["validation"].scores[name] for name in score.parts}
+            normals = scored["validation"].scores if of_normals is None else of_normals
             for each in scored.values():
                 each.scores[score.name] = score.function(each.scores, normals)
     return scored
+
+
+# ---- the scores of validation normals, which a verdict compares with ------------------------------------------------
+
+
+def keep_normals(validation: ScoredSplit) -> None:
+    """Write the scores of the validation images to the run folder, which then judges pictures without the data set."""
+    gan = validation.gan
+    rests_on = {name: _rests_on(gan, score) for name, score in validation.declared.items()}
+    about = {"index": validation.images.index, "split": "validation", "gan": gan.fingerprint}
+    path = gan.run_dir / NORMALS
+    files.write_arrays(path, **validation.scores, **about, rests_on=json.dumps(rests_on))
+
+
+def scores_of_normals(gan: runs.TrainedGAN, declared: Sequence[Score], request: Request) -> dict[str, np.ndarray]:
+    """Every score of the validation images, (V,) each by name: as they were kept, or scored and kept now.
+
+    Raises InputError if they must be scored, and as `score_run` does or because the data set is not there.
+    """
+    path = gan.run_dir / NORMALS
+    there = [s for s in declared if s.source.scores_unlabelled and s.source.is_there(gan.run_dir, ["validation"])]
+    if path.is_file():
+        try:
+            kept = latents.read_arrays(path, "evaluate.py", "validation", gan, {})
+        except InputError as error:
+            print(f"{error}: scoring the validation images again")
+        else:
+            rests_on = json.loads(str(kept["rests_on"]))
+            if all(rests_on.get(score.name) == _rests_on(gan, score) for score in there):
+                return {score.name: kept[score.name] for score in there}
+    scored = score_run(gan, {"validation": runs.open_split(gan, "validation")}, declared, request)["validation"]
+    keep_normals(scored)
+    return scored.scores
+
+
+def _rests_on(gan: runs.TrainedGAN, score: Score) -> str:
+    """SHA-256 of the file that a score of the validation images is worked out from."""
+    return files.fingerprint(gan.run_dir / score.source.file.format(split="validation"))
 
 
 def _load_sources(

@@ -73,14 +73,16 @@ class Verdict:
     flagged: dict[str, np.ndarray]  # (N,) bool each
     level: float  # of heatmaps.difference: at most a share alpha of normals has a pixel that passes it
     brightest: float  # the largest difference among validation normals
+    normals: int  # how many validation normals it compares with
 
 
-def decide(scored: dict[str, ScoredSplit], score: str, alpha: float, fdr: float | None) -> Verdict:
-    """P-values and flags of a score, all from validation normals alone.
+def decide(
+    scored: dict[str, ScoredSplit], normals: dict[str, np.ndarray], score: str, alpha: float, fdr: float | None
+) -> Verdict:
+    """P-values and flags of a score, all from the scores of validation normals alone, (V,) each by name.
 
     Flags are those of `flags`; with `fdr` no threshold belongs to them. Where nothing was searched, nothing is marked.
     """
-    normals = scored["validation"].scores
     p_value = {name: p_values(split.scores[score], normals[score]) for name, split in scored.items()}
     return Verdict(
         score=score,
@@ -91,12 +93,13 @@ def decide(scored: dict[str, ScoredSplit], score: str, alpha: float, fdr: float 
         flagged={name: flags(values, alpha, fdr) for name, values in p_value.items()},
         level=threshold(normals["peak"], alpha) if "peak" in normals else math.inf,
         brightest=float(normals["peak"].max()) if "peak" in normals else 1.0,
+        normals=len(normals[score]),
     )
 
 
 def meaning(verdict: Verdict) -> str:
     """A sentence on what the flags of a verdict mean."""
-    normals = len(verdict.p_value["validation"])
+    normals = verdict.normals
     smallest = 1 / (normals + 1)
     if verdict.fdr is not None:
         return (

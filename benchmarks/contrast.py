@@ -42,7 +42,7 @@ def main(config: Config) -> None:
         )
     test = runs.open_split(gan, "test")
     test = test.take(np.isin(test.index, [int(row["index"]) for row in rows]))
-    pixels, _ = images.load_images(test, gan.image_size, gan.image_channels)
+    pixels, _ = images.load_images(test, gan.view)
     x = images.to_model(pixels)
     contrast = (x - x.mean((1, 2, 3), keepdim=True)).abs().sum((1, 2, 3)).numpy()
     rng = np.random.default_rng(config.seed)

@@ -40,8 +40,8 @@ def main(config: Config) -> None:
     gan = runs.load_gan(run_dir, device)
     test = runs.open_split(gan, "test")
     test = test.take(images.stratified_subset(test.label, config.images, config.seed))
-    pixels, _ = images.load_images(test, gan.image_size, gan.image_channels)
-    is_anomaly = test.label != gan.classes.index(gan.normal_class)
+    pixels, _ = images.load_images(test, gan.view)
+    is_anomaly = test.class_name != gan.normal_class
     candidates = fit_latent.draw_candidates(gan.generator, gan.latent_dim, OURS.candidates, config.seed)
 
     def scores(steps: int, precision: str) -> np.ndarray:

@@ -37,6 +37,7 @@ SAME = ("training_images", "image_size", "image_channels", "latent_dim", "ngf", 
 @dataclass
 class Config:
     run_dir: Path | None = None  # the run to use; by default the one trained last
+    dataset: str | None = None  # where the pictures of the run lie now, if they were moved
     epochs: int | None = None  # passes over the images that the GAN was trained on, by default as many as the GAN had
     batch_size: int | None = None  # images a step, in each process, by default as many as the GAN saw
     l1_weight: float = 100.0  # lambda: the autoencoder's loss is adversarial + lambda L1

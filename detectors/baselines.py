@@ -39,6 +39,7 @@ Stored = dict[str, dict[str, np.ndarray]]  # by split and name: the scores of it
 @dataclass
 class Config:
     run_dir: Path | None = None  # the run to use; by default the one trained last
+    dataset: str | None = None  # where the pictures of the run lie now, if they were moved
     splits: tuple[str, ...] = ("validation", "test")  # any of train, validation, test, train_anomalies
     variance: float = 0.95  # share of the pixels' variance that the principal components keep (Ruff et al. 2018)
     nu: float = 0.1  # one-class SVM: share of the training images that may lie outside
@@ -78,7 +79,7 @@ def fit_baseline(name: str, vectors: np.ndarray, config: Config) -> BaseEstimato
 def load_split(gan: runs.TrainedGAN, split: str, skip_unreadable: bool) -> tuple[np.ndarray, images.ImageSet]:
     """Vectors (N, D) of a split's images, and which they are. Raises InputError if none can be read."""
     image_set = runs.open_split(gan, split)
-    pixels, image_set = images.load_images(image_set, gan.image_size, gan.image_channels, skip_unreadable)
+    pixels, image_set = images.load_images(image_set, gan.view, skip_unreadable)
     if len(image_set) == 0:
         raise util.InputError(f"the split {split} of {gan.dataset} holds no image that can be read")
     return to_vectors(pixels), image_set
@@ -97,9 +98,10 @@ def read(gan: runs.TrainedGAN, image_sets: ImageSets) -> Stored:
             of_split = latents.read_arrays(path, COMMAND, split, gan, dict.fromkeys(LABELS, ()))
         except util.InputError as error:
             raise util.InputError(f"{error}: {again}, or remove the baselines-*.npz") from error
-        _, here, there = np.intersect1d(image_set.index, of_split["index"], return_indices=True)
-        # where a picture was removed or renamed, its position is that of another one now
-        if not np.array_equal(image_set.source[here], of_split["source"][there]):
+        _, here, there = np.intersect1d(image_set.source, of_split["source"], return_indices=True)
+        # on either side there may be more: some were not searched, or could not be read; on both, some were renamed
+        is_renamed = len(here) < len(image_set) and len(there) < len(of_split["source"])
+        if is_renamed or not np.array_equal(image_set.index[here], of_split["index"][there]):
             raise util.InputError(f"{path} is of other images than those that are scored: {again}")
         stored[split] = {name: np.full(len(image_set), np.nan) for name in LABELS}
         for name, values in stored[split].items():
@@ -136,7 +138,7 @@ def main(config: Config) -> Path:
     images.check_splits(config.splits)
     run_dir = runs.find_run(config.run_dir)
     with runs.run_folder(run_dir):
-        gan = runs.load_gan(run_dir, torch.device("cpu"))
+        gan = runs.load_gan(run_dir, torch.device("cpu"), config.dataset)
         print(f"run: {run_dir}   normal class: {gan.normal_class}")
         vectors, _ = load_split(gan, "train", config.skip_unreadable)
         pca = PCA(config.variance, svd_solver="full").fit(vectors)

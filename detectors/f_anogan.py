@@ -33,6 +33,7 @@ CURVES = {"izi_f: residual of pixels and of features": {"residual": "A_R", "feat
 @dataclass
 class Config:
     run_dir: Path | None = None  # the run to use; by default the one trained last
+    dataset: str | None = None  # where the pictures of the run lie now, if they were moved
     epochs: int | None = None  # passes over the images that the GAN was trained on, by default as many as the GAN had
     batch_size: int | None = None  # images a step, in each process, by default as many as the GAN saw
     kappa: float = 1.0  # weight of the features in the loss and in the score, 1 in the paper

@@ -24,7 +24,7 @@ from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, normalize, p
 from torch.optim import Adam
 
 import util
-from anogan import images, runs
+from anogan import files, images, processes, runs
 from anogan.loop import Loop, detector_training, prepare
 from anogan.scores import Score, Source
 from network import channel_multipliers, downward_ladder, initialise_weights
@@ -38,6 +38,7 @@ MEMORY = 5000  # training images at most that the scores compare with; at 64x64 
 @dataclass
 class Config:
     run_dir: Path | None = None  # the run to use; by default the one trained last
+    dataset: str | None = None  # where the pictures of the run lie now, if they were moved
     epochs: int = 45  # passes over the images that the GAN was trained on
     batch_size: int | None = None  # images a step, each in four turns, in each process; by default as the GAN's
     lr: float = 1e-3  # Adam's step size
@@ -234,13 +235,32 @@ def combined(parts: list[np.ndarray], of_validation: list[np.ndarray], weights: 
 def remember(gan: runs.TrainedGAN) -> tuple[RotNet, NormalFeatures]:
     """RotNet, and what it makes of MEMORY training images, evenly spaced if there are more.
 
-    Raises InputError if the training images have changed since, or as `load` does.
+    The run folder keeps it, so that the training images are needed once. Raises InputError if they have changed by
+    then, or as `load` does.
     """
-    rotnet = load(gan).network
-    pixels = runs.images_of_gan(gan, skip_unreadable=True)
-    rows = images.evenly_spaced(len(pixels), MEMORY)
-    parts = (pixels[rows[part]] for part in images.chunks(range(len(rows)), 256))
-    return rotnet, normal_features(rotnet, (images.to_model(part, gan.device) for part in parts))
+    trained, path = load(gan), gan.run_dir / "rotnet-normals.npz"
+    kept = _read_normals(path, trained.fingerprint)
+    if kept is None:
+        pixels = runs.images_of_gan(gan, skip_unreadable=True)
+        rows = images.evenly_spaced(len(pixels), MEMORY)
+        parts = (pixels[rows[part]] for part in images.chunks(range(len(rows)), 256))
+        normal = normal_features(trained.network, (images.to_model(part, gan.device) for part in parts))
+        kept = {name: value.cpu().numpy() for name, value in vars(normal).items()}
+        files.write_arrays(path, **kept, rotnet=trained.fingerprint)
+    return trained.network, NormalFeatures(**{name: torch.from_numpy(kept[name]).to(gan.device) for name in kept})
+
+
+def _read_normals(path: Path, rotnet: str) -> dict[str, np.ndarray] | None:
+    """What `remember` has kept; None if nothing, or of another rotnet.pt, or if the file is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except Exception as error:  # zipfile and numpy raise almost anything on damaged bytes
+        print(f"{path} is damaged ({error}): making it again")
+        return None
+    return arrays if str(arrays.pop("rotnet", "")) == rotnet else None
 
 
 ROTNET = Source("rotnet.pt", COMMAND, lambda gan, image_sets: remember(gan))
@@ -295,6 +315,8 @@ def main(config: Config) -> Path:
         optimizer = prepare(rotnet, training.config, gan.device)
         with Loop(training, {"rotnet": rotnet, "optimizer": optimizer}, CURVES) as loop:
             train(loop, loop.share(rotnet), optimizer)
+        if processes.rank() == 0:
+            remember(gan)
         print(f"next: python evaluate.py --run-dir {util.quoted(gan.run_dir)}")
         return gan.run_dir
 

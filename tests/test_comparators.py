@@ -17,6 +17,7 @@ from torch import nn
 import evaluate
 import util
 from anogan import latents, loop, runs
+from anogan.decoding import View
 from anogan.images import load_images, open_split, to_model
 from benchmarks import comparators
 from detectors import acae, baselines, f_anogan
@@ -55,14 +56,8 @@ def small_gan() -> runs.TrainedGAN:
             discriminator(generator(torch.randn(64, 4)))  # statistics for BatchNorm
     for network in (generator, discriminator):
         runs.freeze(network, CPU)
-    facts = {
-        "dataset": "",
-        "classes": [],
-        "normal_class": "",
-        "training_images": "",
-        "training_set": "",
-        "fingerprint": "",
-    }
+    names = ("dataset", "normal_class", "training_images", "training_set", "fingerprint")
+    facts = dict.fromkeys(names, "") | {"group_by": None, "levels": None, "max_megapixels": 179.0}
     sizes = {"image_size": 32, "image_channels": 1, "latent_dim": 4, "ngf": 8, "ndf": 8, "batch_size": 8, "epoch": 0.0}
     return runs.TrainedGAN(Path(), generator, discriminator, **facts, **sizes)
 
@@ -101,7 +96,7 @@ def test_kappa_weighs_the_features() -> None:
 
 def test_acae_overfits_eight_images() -> None:
     images = open_split("digits", "train", "3").take(slice(8))
-    x = to_model(load_images(images, 32, 1)[0])
+    x = to_model(load_images(images, View(32, 1))[0])
     torch.manual_seed(0)
     autoencoder = nn.Sequential(Encoder(32, 1, 8, 8), Generator(32, 1, 8, 8)).apply(initialise_weights)
     discriminator = Discriminator(32, 1, 8).apply(initialise_weights)
@@ -148,7 +143,7 @@ def test_scores_by_hand(digits_workdir: Path) -> None:
     rows = [row for row in read_scores(run_dir) if row["split"] == "test"]
     test = open_split("digits", "test", "0")
     test = test.take(np.isin(test.source, [row["source"] for row in rows]))
-    x = to_model(load_images(test, 32, 1)[0])
+    x = to_model(load_images(test, View(32, 1))[0])
     with torch.no_grad():
         generated = networks["generator"](networks["encoder"](x))
         f = networks["discriminator"].features
@@ -237,7 +232,7 @@ def test_search_from_the_encoder(trained: Path, run_here: Callable[..., None], f
         return latents.read_latents(trained / "latents-test.npz", "test", gan)
 
     test = open_split("digits", "test", "0").take(search("--init", "encoder", "--lr", "0")["index"])
-    x = to_model(load_images(test, 32, 1)[0])
+    x = to_model(load_images(test, View(32, 1))[0])
     start = f_anogan.load(gan).network(x)
     np.testing.assert_allclose(search("--init", "encoder", "--lr", "0")["z"], start, atol=1e-5)
 

@@ -396,7 +396,7 @@ def test_other_images_are_refused(tmp_path: Path, run_here: Callable[..., None],
     run_here(*command)
     shutil.copy(root / "train/good/01.png", root / "train/good/00.png")
     message = fails(*command)
-    assert message.count(";") == 0 and "training_images 8 with checksum" in message
+    assert message.count(";") == 0 and "training_images 9 with checksum" in message
 
 
 def test_fresh_starts_over(

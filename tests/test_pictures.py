@@ -13,6 +13,7 @@ from PIL import Image
 from test_util import draw
 
 from anogan import runs, verdicts
+from anogan.decoding import View
 from anogan.images import load_images, open_pictures, open_split
 from examples import planted_defects
 from util import InputError
@@ -74,8 +75,8 @@ def test_links_among_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     pictures = open_pictures(["p"])
     assert sorted(Path(each).name for each in pictures.source) == ["a.png", "dead.png"]
     with pytest.raises(InputError, match=r"cannot read the image p/dead.png"):
-        load_images(pictures, 32, 3)
-    assert len(load_images(pictures, 32, 3, skip_unreadable=True)[0]) == 1
+        load_images(pictures, View(32, 3))
+    assert len(load_images(pictures, View(32, 3), skip_unreadable=True)[0]) == 1
 
 
 def test_from_a_folder_to_the_verdict(

@@ -20,6 +20,7 @@ from torch.nn.functional import logsigmoid
 import train_gan
 import util
 from anogan import loop, runs
+from anogan.decoding import View
 from anogan.images import load_images, open_split
 from network import Discriminator, Generator, initialise_weights
 
@@ -55,7 +56,7 @@ def test_gradients_are_averaged(tmp_path: Path) -> None:
     found = torch.load(tmp_path / RUN / "gan.pt", weights_only=True)
 
     config = train_gan.Config(latent_dim=8)
-    pixels = load_images(open_split("digits", "train", "1"), 32, 1)[0]
+    pixels = load_images(open_split("digits", "train", "1"), View(32, 1))[0]
     torch.manual_seed(0)
     generators = [Generator(32, 1, 8, 4).apply(initialise_weights)]
     discriminators = [Discriminator(32, 1, 4).apply(initialise_weights)]

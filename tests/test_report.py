@@ -63,7 +63,7 @@ def written(tmp_path: Path, names: list[str], strip: bytes | None = None) -> tup
     )
     flagged = score >= 0.9
     p_value, flags = {"images": 1 - score}, {"images": flagged}
-    verdict = verdicts.Verdict("anomaly_score", 0.1, None, 0.9, p_value, flags, level=0.1, brightest=0.2)
+    verdict = verdicts.Verdict("anomaly_score", 0.1, None, 0.9, p_value, flags, level=0.1, brightest=0.2, normals=9)
     if strip is None:
         Image.new("RGB", (128, 32), "navy").save(tmp_path / "strip.webp")
         strip = (tmp_path / "strip.webp").read_bytes()

@@ -17,6 +17,7 @@ from sklearn.covariance import LedoitWolf
 from torch import nn
 
 from anogan import loop, runs
+from anogan.decoding import View
 from anogan.images import load_images, open_split, to_model
 from detectors import rotnet as method
 from detectors.rotnet import RotNet
@@ -134,8 +135,8 @@ def test_recoloured_images_keep_their_shapes() -> None:
 
 def test_rotnet_learns_to_tell_turns() -> None:
     """On digits that it has not seen, a turn is told far better than by chance, with RotNet as the scores use it."""
-    train_images, _ = load_images(open_split("digits", "train", "7"), 32, 1)
-    validation = to_model(load_images(open_split("digits", "validation", "7"), 32, 1)[0])
+    train_images, _ = load_images(open_split("digits", "train", "7"), View(32, 1))
+    validation = to_model(load_images(open_split("digits", "validation", "7"), View(32, 1))[0])
     torch.manual_seed(0)
     rotnet = RotNet(32, 1, 8).apply(initialise_weights)
     batches = Batches(islice(loop.real_batches(train_images, 32, seed=0), 120))
@@ -163,7 +164,7 @@ def test_scores_csv_by_hand(digits_workdir: Path) -> None:
         "test": open_split("digits", "test", "0"),
     }
     sets["test"] = sets["test"].take(np.isin(sets["test"].source, [row["source"] for row in rows["test"]]))
-    x = {split: to_model(load_images(image_set, 32, 1)[0]) for split, image_set in sets.items()}
+    x = {split: to_model(load_images(image_set, View(32, 1))[0]) for split, image_set in sets.items()}
     parts = {}
 
     def channels(split: str, turn: int) -> np.ndarray:

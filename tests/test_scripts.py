@@ -18,12 +18,14 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from anogan import runs
+from anogan.decoding import View
 from anogan.images import load_images, open_split
 from detectors import baselines
 
 RUN_FILES = {
-    *("gan.pt", "losses.csv", "losses.png", "samples.png", "samples.gif", "reconstructions.png", "run.json"),
-    *("latents-validation.npz", "latents-test.npz", "scores.csv", "metrics.json"),
+    *("gan.pt", "losses.csv", "losses.png", "samples.png", "samples.gif", "reconstructions.png"),
+    *("dataset.json", "run.json"),
+    *("latents-validation.npz", "latents-test.npz", "validation-scores.npz", "scores.csv", "metrics.json"),
     *("report.html", "roc.png", "score_histograms.png", "per_class_auc.png", "difference_maps.png", "ranking.png"),
 }
 
@@ -35,7 +37,7 @@ def test_every_file_is_there_and_no_other(digits_workdir: Path) -> None:
         *(f"latents-{split}-reference.npz" for split in ("validation", "test", "train_anomalies")),
         *(f"baselines-{split}.npz" for split in ("validation", "test", "train_anomalies")),
         *("encoder.pt", "encoder-losses.csv", "encoder-losses.png", "encoder-samples.png", "encoder-samples.gif"),
-        *("rotnet.pt", "rotnet-losses.csv", "rotnet-losses.png"),
+        *("rotnet.pt", "rotnet-losses.csv", "rotnet-losses.png", "rotnet-normals.npz"),
         *("acae.pt", "acae-losses.csv", "acae-losses.png", "acae-samples.png", "acae-samples.gif"),
     }
     assert {path.name for path in run_dir.glob(".*")} <= {".lock"}
@@ -57,7 +59,7 @@ def test_gan_pt_holds_all_that_training_is(digits_workdir: Path) -> None:
     state = torch.load(digits_workdir / "outputs/digits-0/gan.pt", weights_only=True)
     parts = {"generator", "discriminator", "optimizer_g", "optimizer_d", "scheduler_g", "scheduler_d"}
     assert parts <= set(state) and state["epoch"] == 3 and state["step"] == len(state["history"]) == 18
-    assert state["config"]["dataset"] == "digits" and state["image_channels"] == 1
+    assert state["dataset"] == "digits" and state["image_channels"] == 1
     cosine = (1 + np.cos(np.pi * (2 + 5 / 6) / 15)) / 2  # at the last of six steps of the third epoch
     assert state["optimizer_g"]["param_groups"][0]["lr"] == pytest.approx(2e-4 * cosine)
 
@@ -145,7 +147,7 @@ def test_latents_do_not_depend_on_batch_size(digits_workdir: Path) -> None:
 
 
 def draw_pictures(root: Path) -> None:
-    """Discs are normal, crosses are not; in colour, grey, RGBA, palette and 16-bit, of several sizes and formats."""
+    """Discs are normal, crosses are not; in colour, grey, RGBA and palette, of several sizes and formats."""
     rng = np.random.default_rng(0)
     for name, count in {"train/disc": 20, "train/cross": 4, "test/disc": 6, "test/cross": 6}.items():
         (root / name).mkdir(parents=True)
@@ -165,7 +167,7 @@ def draw_pictures(root: Path) -> None:
                 case 3:
                     picture.convert("P").save(root / name / f"{i}.GIF")
                 case 4:
-                    Image.fromarray(grey.astype(np.uint16) * 257).save(root / name / f"{i}.tiff")
+                    Image.fromarray(grey).save(root / name / f"{i}.tiff")
 
 
 def run_all(workdir: Path, *training: str, searching: tuple[str, ...] = ()) -> list[str]:
@@ -246,7 +248,7 @@ def test_cifar10_from_its_own_archive(
     run_here("train_gan.py", "--epochs", "1", *TINY)  # all defaults: cifar10, class 1
     train = open_split("cifar10", "train", "1")
     assert len(train) == 40 and set(train.label) == {1} and train.source[0] == "cifar10/train/00001"
-    pixels, _ = load_images(train, 32, 3)
+    pixels, _ = load_images(train, View(32, 3))
     assert (pixels[:, 0] == 255).all() and pixels[0, 1, 0, 0] == 1 and pixels[-1, 1, 0, 0] == 60 + 19
     run_here("fit_latent.py", "--steps", "3", "--device", "cpu")
     run_here("evaluate.py", "--bootstrap", "20", "--device", "cpu")
@@ -261,6 +263,8 @@ SHARED = Path(__file__).parent.parent / "data/cifar10-jpeg"
 @pytest.mark.skipif(not SHARED.is_dir(), reason="data/cifar10-jpeg is not there: only developers have this copy")
 def test_real_cifar10_images() -> None:
     validation = open_split(str(SHARED), "validation", "automobile")
-    assert len(validation) == 1000 and len(open_split(str(SHARED), "train_anomalies", "automobile")) == 45000
-    images, _ = load_images(validation.take(np.arange(64)), 32, 3)
+    train = open_split(str(SHARED), "train", "automobile")
+    assert len(train) + len(validation) == 5000 and 900 < len(validation) < 1100
+    assert len(open_split(str(SHARED), "train_anomalies", "automobile")) == 45000
+    images, _ = load_images(validation.take(np.arange(64)), View(32, 3))
     assert 90 < images.float().mean() < 150 and images.float().std() > 40

@@ -209,7 +209,7 @@ def test_reconstruction_check(digits_workdir: Path, tmp_path: Path, capsys: pyte
         x, config = to_model(pixels[:3]), fit_latent.Config(precision="fp32")
         start = fit_latent.nearest(x, fit_latent.draw_candidates(gan.generator, gan.latent_dim, 1000, seed=0))
         z, residual, _ = fit_latent.search((gan.generator, gan.discriminator), x, start, config)
-        latents = {"index": np.arange(3), "z": z.numpy(), "residual": residual.numpy()}
+        latents = {"source": names[:3], "z": z.numpy(), "residual": residual.numpy()}
         fit_latent.check_reconstruction(gan, made, made.take(slice(3)), latents)
         explained.append(int(capsys.readouterr().out.split("G explains ")[1].split("%")[0]))
         assert (run_dir / "reconstructions.png").is_file()

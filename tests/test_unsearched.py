@@ -92,7 +92,7 @@ def test_searched_run_and_pictures_that_were_not(
     message = fails("evaluate.py", "--images", "mine", *CPU)  # by anomaly_score, as the test images were
     assert "latents-images.npz is missing: run fit_latent.py" in message
     run_here("evaluate.py", "--images", "mine", "--score", "p_d", *CPU)
-    assert "without the scores of fit_latent.py: outputs/digits-0/latents-images.npz is" in capsys.readouterr().out
+    assert "without difference maps, since these images were not searched" in capsys.readouterr().out
     assert "anomaly_score" not in read_verdicts(trained / "images-mine")["mine/a.png"]
 
 
@@ -134,7 +134,7 @@ def test_stored_scores_of_other_images_are_refused(
     message = fails("evaluate.py", "--score", "kde", *CPU)
     assert "baselines-test.npz is of other images than those that are scored" in message
     assert "run python -m detectors.baselines --run-dir outputs/set-good --splits validation test" in message
-    assert "not of the same images (other source)" in fails("evaluate.py", "--score", "gan_r", *CPU)
+    assert "not of the same images (other index)" in fails("evaluate.py", "--score", "gan_r", *CPU)
     run_here("evaluate.py", "--score", "p_d", "--bootstrap", "5", *CPU)  # which neither file has a part in
 
 

@@ -1,0 +1,320 @@
+"""One picture file to what a network sees: pages, DICOM, orientation, and more than 8 bits brought to 8."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from torchvision.transforms import CenterCrop, Compose, Resize
+
+from util import InputError
+
+DICOM_ENDING = ".dcm"
+# Their further pages are no pictures of their own: a preview, or the layers of one picture
+ONE_PICTURE = ("MPO", "PSD")
+PHOTOMETRIC = 262  # TIFF; 0: the smallest level is white, which Pillow minds in files of 8 bits alone
+ORIENTATION = 0x0112  # EXIF
+SUBFILE_TYPE = 254  # TIFF; bit 0: a smaller copy of another page, bit 2: a transparency mask
+COLOUR = (
+    16  # a picture is in colour if its channels differ by more levels somewhere: JPEG makes grey ones differ by few
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """How the networks see a picture: the square in its middle, with so many pixels and channels, in 8 bits."""
+
+    size: int  # side in pixels
+    channels: int  # 1 for grey, 3 for RGB
+    # what is black and what is white, for pictures with more than 8 bits; None if they have 8
+    levels: tuple[float, float] | None = None
+    max_megapixels: float = 179.0  # a larger picture is refused, since it may be a file made to fill the memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What the networks see of one picture."""
+
+    pixels: np.ndarray  # uint8 (C, size, size)
+    outside: float  # share of these pixels that were blacker than black or whiter than white, 0 with 8 bits
+    lost_colour: bool  # whether a picture in colour was made grey
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def page_numbers(path: Path) -> list[int]:
+    """The pages of a file that are pictures of their own, from 0; [0] for a file that cannot be read.
+
+    Raises InputError for a DICOM file if pydicom is not installed.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(132)
+    except OSError:  # the decoder names it
+        return [0]
+    if start.startswith(b"\xff\xd8"):  # JPEG, by far the most frequent: no need to open it
+        return [0]
+    if _is_dicom(path, start):
+        pydicom = _pydicom(path)
+        try:
+            header = pydicom.dcmread(path, specific_tags=["NumberOfFrames"], stop_before_pixels=True)
+        except Exception:  # a damaged file can make a decoder raise anything; this one names it when it decodes
+            return [0]
+        return list(range(int(header.get("NumberOfFrames") or 1)))
+    try:
+        with without_limit(), Image.open(path) as image:
+            count = 1 if image.format in ONE_PICTURE else getattr(image, "n_frames", 1)
+            return [page for page in range(count) if count == 1 or not _is_copy(image, page)]
+    except Exception:  # as above
+        return [0]
+
+
+def _is_copy(image: Image.Image, page: int) -> bool:
+    """Whether a page of a TIFF is a smaller copy or a mask of another page."""
+    if image.format != "TIFF":
+        return False
+    image.seek(page)
+    return bool(image.tag_v2.get(SUBFILE_TYPE, 0) & 0b101)
+
+
+def open_file(path: Path, page: int = 0) -> Image.Image:
+    """A page of a file, not yet decoded, whatever its size. Raises InputError for DICOM without pydicom; and whatever
+    Pillow or pydicom raise on a damaged file."""
+    with path.open("rb") as file:
+        start = file.read(132)
+    if _is_dicom(path, start):
+        return _open_dicom(path, page)
+    with without_limit():
+        image = Image.open(path)
+        if page:
+            image.seek(page)
+    return image
+
+
+@contextlib.contextmanager
+def without_limit() -> Iterator[None]:
+    """Let Pillow open pictures of any size, whose limit of 179 megapixels cannot be explained; `View` has ours."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _is_dicom(path: Path, start: bytes) -> bool:
+    return start[128:132] == b"DICM" or path.suffix.lower() == DICOM_ENDING
+
+
+def _pydicom(path: Path):
+    try:
+        import pydicom.pixels
+    except ImportError as error:
+        raise InputError(f"{path} is a DICOM file, and reading it needs pydicom: pip install pydicom") from error
+    return pydicom
+
+
+def _open_dicom(path: Path, page: int) -> Image.Image:
+    """A frame in its modality's units (mode F), or with 8 bits (L or RGB). Black is the lowest value, in MONOCHROME1
+    too, and padding around the picture has its lowest value."""
+    pydicom = _pydicom(path)
+    data = pydicom.dcmread(path)
+    values = pydicom.pixels.pixel_array(data, index=page)  # (H, W), or (H, W, 3), in RGB whatever the file has
+    if data.PhotometricInterpretation == "PALETTE COLOR":
+        values = pydicom.pixels.apply_color_lut(values, data)
+        values = values if values.dtype == np.uint8 else (values >> 8).astype(np.uint8)
+    if values.ndim == 3:
+        if values.dtype != np.uint8:
+            raise ValueError("a DICOM file in colour with more than 8 bits: convert it to 8")
+        return Image.fromarray(values[..., :3])
+    is_padding = values == data["PixelPaddingValue"].value if "PixelPaddingValue" in data else np.zeros(1, bool)
+    rescale = float(data.get("RescaleSlope") or 1), float(data.get("RescaleIntercept") or 0)
+    has_8_bits = values.dtype == np.uint8 and rescale == (1, 0) and "ModalityLUTSequence" not in data
+    if not has_8_bits:
+        values = pydicom.pixels.apply_modality_lut(values, data).astype(np.float32)
+    if data.PhotometricInterpretation == "MONOCHROME1":
+        values = 255 - values if has_8_bits else -values
+    if is_padding.any() and not is_padding.all():
+        values[is_padding] = values[~is_padding].min()
+    return Image.fromarray(values)
+
+
+# ---- pixels ---------------------------------------------------------------------------------------------------------
+
+
+def levels_of(image: Image.Image) -> np.ndarray | None:
+    """The levels of a picture with more than 8 bits, float32 (H, W, 1 or 3), higher is brighter; None if it has 8.
+
+    Raises ValueError if they cannot be compared: not finite, or partly transparent.
+    """
+    raw_mode = _raw_mode(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.float32)[..., None]
+    elif ";16" not in raw_mode:
+        return None
+    else:
+        values = _both_bytes(image, raw_mode)
+    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0:
+        values = (65535 if image.mode.startswith("I;16") else 0) - values
+    if not np.isfinite(values).all():
+        raise ValueError("some of its pixels are not finite numbers: write a level in their place")
+    return values
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """How the pixels lie in the file, such as RGB;16B; "" if they are in memory already."""
+    arguments = image.tile[0][3] if getattr(image, "tile", None) else ""
+    return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
+
+
+def _both_bytes(image: Image.Image, raw_mode: str) -> np.ndarray:
+    """The 16-bit levels of a picture in colour, float32 (H, W, 3).
+
+    Pillow keeps the upper byte of each level, and the lower one if it is told that the two come the other way round.
+    """
+    if raw_mode.split(";")[0] not in ("RGB", "RGBX"):
+        raise ValueError(f"16-bit pixels of the kind {raw_mode}, with transparency, are not read: save it without")
+    other = raw_mode[:-1] + ("L" if raw_mode.endswith("B") else "B")
+    again = open_file(Path(image.filename), image.tell())
+    again.tile = [_with_raw_mode(tile, other) for tile in again.tile]
+    upper, lower = (np.asarray(each)[..., :3].astype(np.float32) for each in (image, again))
+    return 256 * upper + lower
+
+
+def _with_raw_mode(tile: tuple, raw_mode: str) -> tuple:
+    """A tile of Pillow's, (decoder, extents, offset, arguments), with another raw mode among its arguments."""
+    arguments = (raw_mode, *tile[3][1:]) if isinstance(tile[3], tuple) else raw_mode
+    return tile._replace(args=arguments) if hasattr(tile, "_replace") else (*tile[:3], arguments)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A picture turned as its EXIF tag says; as it is if the tag cannot be read."""
+    try:
+        image.getexif()
+    except SyntaxError:  # what Pillow raises on a PNG or WebP with a broken EXIF block, whose pixels are sound
+        return image
+    return ImageOps.exif_transpose(image)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """A picture of 8 bits without transparency: in its place there is white."""
+    if not image.has_transparency_data:
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+
+
+def _check(image: Image.Image, has_8_bits: bool, view: View) -> None:
+    """Raise ValueError if a picture is too large, or has another depth than the training pictures."""
+    megapixels = image.width * image.height / 1e6
+    if megapixels > view.max_megapixels:
+        raise ValueError(
+            f"it has {megapixels:.0f} megapixels, more than {view.max_megapixels:g}: raise --max-megapixels if it is "
+            "meant to be so large"
+        )
+    if has_8_bits and view.levels is not None:
+        raise ValueError("it has 8 bits, and the training pictures have more: save it like those")
+    if not has_8_bits and view.levels is None:
+        raise ValueError("it has more than 8 bits, and the training pictures have 8: save it like those")
+
+
+def _upright_channels(image: Image.Image, levels: np.ndarray) -> list[Image.Image]:
+    """The levels (H, W, C) of an image as C pictures of mode F, turned as its EXIF tag says."""
+    channels = [Image.fromarray(channel) for channel in np.moveaxis(levels, 2, 0)]
+    with contextlib.suppress(SyntaxError):  # see `upright`
+        for channel in channels:
+            channel.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
+    return [ImageOps.exif_transpose(channel) for channel in channels]
+
+
+def _to_channels(channels: np.ndarray, count: int) -> np.ndarray:
+    """Levels (1 or 3, H, W) to `count` channels, grey by the weights that Pillow has for it (ITU-R 601-2)."""
+    if len(channels) == count:
+        return channels
+    if count == 3:
+        return channels.repeat(3, 0)
+    return np.tensordot(np.float32([0.299, 0.587, 0.114]), channels, 1)[None]
+
+
+def _in_8_bits(channels: np.ndarray, levels: tuple[float, float]) -> np.ndarray:
+    """Levels to uint8: black to 0, white to 255."""
+    black, white = levels
+    return ((channels - black) * (255 / (white - black))).round().clip(0, 255).astype(np.uint8)
+
+
+def as_seen(image: Image.Image, view: View) -> Seen:
+    """What the networks see of a picture: the shorter side resized to `view.size` (antialiased bilinear), then the
+    centre cut out; more than 8 bits are brought to 8 after that.
+
+    Raises ValueError for a picture that they cannot see, and whatever Pillow raises on a damaged file.
+    """
+    with without_limit():  # a TIFF is checked again when its pixels are read
+        levels = levels_of(image)
+        _check(image, levels is None, view)
+        if levels is None:
+            square = _square(_on_white(upright(image)).convert("L" if view.channels == 1 else "RGB"), view.size)
+            pixels = np.asarray(square).reshape(view.size, view.size, view.channels).transpose(2, 0, 1)
+            return Seen(pixels, 0.0, view.channels == 1 and _is_in_colour(image, view.size))
+    squares = _squares(image, levels, view.size)
+    black, white = view.levels
+    outside = float(((squares < black) | (squares > white)).mean())
+    pixels = _in_8_bits(_to_channels(squares, view.channels), view.levels)
+    return Seen(pixels, outside, view.channels == 1 and len(squares) == 3)
+
+
+def _square(image: Image.Image, size: int) -> Image.Image:
+    return Compose([Resize(size), CenterCrop(size)])(image)
+
+
+def _squares(image: Image.Image, levels: np.ndarray, size: int) -> np.ndarray:
+    """The levels (H, W, C) of an image as a network of this size sees them: float32 (C, size, size)."""
+    return np.stack([np.asarray(_square(channel, size)) for channel in _upright_channels(image, levels)])
+
+
+def _is_in_colour(image: Image.Image, size: int) -> bool:
+    if image.mode in ("1", "L", "LA"):
+        return False
+    return bool(np.ptp(np.asarray(_square(image.convert("RGB"), size)), 2).max() > COLOUR)
+
+
+def at_own_size(image: Image.Image, view: View) -> Image.Image:
+    """A picture in RGB with 8 bits at its own size, turned as its EXIF tag says, in the levels of a view.
+
+    Raises as `as_seen` does.
+    """
+    with without_limit():
+        levels = levels_of(image)
+        _check(image, levels is None, view)
+        if levels is None:
+            return _on_white(upright(image)).convert("RGB")
+    channels = np.stack([np.asarray(channel) for channel in _upright_channels(image, levels)])
+    return Image.fromarray(np.moveaxis(_in_8_bits(_to_channels(channels, 3), view.levels), 0, 2).copy())
+
+
+# ---- black and white points -----------------------------------------------------------------------------------------
+
+
+def spread(image: Image.Image, view: View) -> tuple[float, float] | None:
+    """The levels that 0.5% of what a network sees of a picture lie below and above; None if the picture has 8 bits.
+
+    Raises as `as_seen` does, but for the levels of the view, which are still to be found.
+    """
+    with without_limit():
+        levels = levels_of(image)
+        if levels is None:
+            return None
+        _check(image, False, dataclasses.replace(view, levels=(0.0, 1.0)))
+    return tuple(np.quantile(_squares(image, levels, view.size), [0.005, 0.995]).tolist())
+
+
+def black_and_white(spreads: np.ndarray) -> tuple[float, float]:
+    """The black and the white point for pictures like these, given the `spread` of each, (N, 2).
+
+    The 5% quantile of the lower levels and the 95% quantile of the upper ones: neither hot pixels nor an odd picture
+    decide. A quarter of that range is added on both sides, so that what is darker or brighter than any normal picture
+    still differs from it.
+    """
+    low, high = np.quantile(spreads[:, 0], 0.05), np.quantile(spreads[:, 1], 0.95)
+    margin = (high - low) / 4 or 1.0  # pictures of a single level
+    return float(low - margin), float(high + margin)
