@@ -23,7 +23,7 @@ import torch
 import tyro
 
 import util
-from anogan import files, images, judge, metrics, plots, report, runs, scores, verdicts
+from anogan import files, images, judge, masks, metrics, plots, report, runs, scores, verdicts
 from anogan.scores import ScoredSplit
 from detectors import acae, baselines, f_anogan, rotnet
 
@@ -56,7 +56,10 @@ class Config:
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Score, judge and draw in the run folder; returns metrics.json; with --images a verdict by path."""
+    """Score, judge and draw in the run folder; returns metrics.json; with --images a verdict by path.
+
+    Raises InputError for bad input; for a mask that cannot be used when everything else is written.
+    """
     started = time.monotonic()
     check(config)
     device = util.pick_device(config.device)
@@ -68,6 +71,8 @@ def main(config: Config) -> dict[str, Any]:
         name = "evaluate" if config.images is None else "evaluate_images"
         facts = {} if config.images is None else {"pictures": len(found)}
         runs.record_run(run_dir, name, config, device, time.monotonic() - started, **facts)
+    if config.images is None and "error" in found.get("pixels", {}):
+        raise util.InputError(f"{found['pixels']['error']}; all but the pixel figures is written")
     return found
 
 
@@ -120,8 +125,11 @@ def evaluate_splits(gan: runs.TrainedGAN, config: Config) -> dict[str, Any]:
         "validation_images": len(validation.images),
         "test": verdicts.flag_metrics(verdict.flagged["test"], test.is_anomaly),
     }
-    if test.z is not None and images.has_masks(gan.dataset):
-        measured["pixels"] = metrics.pixel_metrics(test, verdict.level)
+    if test.z is not None and masks.has_masks(gan.dataset):
+        try:
+            measured["pixels"] = metrics.pixel_metrics(test, verdict.level)
+        except util.InputError as error:  # main raises it again, when all else is written
+            measured["pixels"] = {"error": str(error)}
     files.write_json(run_dir / "metrics.json", measured)
     report.write_scores(run_dir / "scores.csv", scored, verdict)
 

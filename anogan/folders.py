@@ -113,16 +113,14 @@ def page_name(name: str, page: int, pages: list[int]) -> str:
 
 def file_and_page(root: Path, source: str) -> tuple[Path, int]:
     """The file and the page (from 0) that `page_name` has named."""
-    name, mark, number = source.rpartition("#")
-    if mark and number.isdecimal() and not (root / source).exists():
-        return root / name, int(number) - 1
-    return root / source, 0
+    name, page = split_page(source)
+    return (root / source, 0) if page is None or (root / source).exists() else (root / name, page - 1)
 
 
-def file_name(source: str) -> str:
-    """A source without its page."""
+def split_page(source: str) -> tuple[str, int | None]:
+    """What `page_name` has put together: the file, and the page from 1; None where a file is one picture."""
     name, mark, number = source.rpartition("#")
-    return name if mark and number.isdecimal() and is_picture(name) else source
+    return (name, int(number)) if mark and number.isdecimal() else (source, None)
 
 
 def read_pages(paths: list[Path]) -> tuple[list[list[int]], list[bytes]]:

@@ -525,33 +525,6 @@ def _end_with_parent(worker: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def has_masks(dataset: str) -> bool:
-    """Whether a data set comes with masks of its defects, in the layout of MVTec AD."""
-    return (Path(dataset) / "ground_truth").is_dir()
-
-
-def open_mask(dataset: str, source: str, size: tuple[int, int]) -> np.ndarray:
-    """Where the defect of a test image is, (height, width) bool, as ground_truth/<defect>/<name>_mask.png says.
-
-    `source` is the image's name, test/<defect>/<name>.png. Raises InputError if there is no mask, or if it does not
-    have this (width, height).
-    """
-    name = Path(source).relative_to("test")
-    path = Path(dataset) / "ground_truth" / name.with_name(f"{name.stem}_mask.png")
-    try:
-        with Image.open(path) as mask:
-            pixels = np.asarray(mask.convert("L")) > 0
-    except Exception as error:  # a damaged file can make a decoder raise anything
-        raise InputError(
-            f"the mask {path} of {source} cannot be read ({error}): replace it, or move ground_truth"
-        ) from error
-    if pixels.shape != (size[1], size[0]):
-        raise InputError(f"the mask {path} has another size than {source}: they must be the same")
-    if not pixels.any():
-        raise InputError(f"the mask {path} is empty: mark the defect of {source} in it, in any level but 0")
-    return pixels
-
-
 def to_model(images: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
     """uint8 images in [0, 255] to float32 in [-1, 1], the range of G's tanh, on `device`."""
     return images.to(device, non_blocking=True).float() / 127.5 - 1

@@ -1,5 +1,6 @@
 """The verdict on pictures without labels: a table, a report, and each picture with what differs marked in red."""
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -109,3 +110,5 @@ def print_verdicts(pictures: ScoredSplit, verdict: Verdict, unsearched: int) -> 
             f"\n{unsearched} more pictures there were not searched, new since then or unreadable: fit_latent.py does it"
         )
     print(f"\n{flagged.sum()} of {len(score)} pictures are flagged; {verdicts.meaning(verdict)}")
+    if pictures.z is not None and math.isinf(verdict.level):
+        print(verdicts.too_few_to_mark(verdict.alpha, verdict.normals))

@@ -146,12 +146,41 @@ def print_table(found: dict) -> None:
         print(f"{found['threshold']['score']} by anomalous class")
         for name, of in headline["per_class"].items():
             print(row(f"  {name}", of))
-    if "pixels" in found:
-        of = found["pixels"]
-        print(
-            f"\nheat maps against the masks: pixel-level ROC-AUC {of['pixel_roc_auc']:.3f}, AUPRO {of['aupro']:.3f} "
-            f"(false alarms up to 30%); something is marked in {of['regions_found']} of their {of['regions']} regions"
+    if "with_mask" in found.get("pixels", {}):
+        print(f"\n{pixel_sentences(found)}")
+
+
+def pixel_sentences(found: dict) -> str:
+    """The pixel-level figures of metrics.json in lines: of which masks they are, and what the network does not see."""
+    of, by = found["pixels"], found["threshold"]
+    lines = []
+    if of["with_mask"]:
+        lines.append(
+            f"heat maps against the masks of {of['with_mask']} images: pixel-level ROC-AUC {of['pixel_roc_auc']:.3f}, "
+            f"AUPRO {of['aupro']:.3f} (false alarms up to 30%)"
         )
+        if of["regions_found"] is None:
+            lines.append(verdicts.too_few_to_mark(by["alpha"], by["validation_images"]))
+        else:
+            lines.append(f"something is marked in {of['regions_found']} of their {of['regions']} regions")
+    else:
+        lines.append("no pixel-level figures: no anomalous image has a mask that marks something")
+    if of["without_mask"]:
+        classes = ", ".join(f"{count} of {name}" for name, count in of["without_mask"].items())
+        lines.append(
+            f"left out for lack of a mask: {classes}; that of test/bad/000.png is ground_truth/bad/000_mask.png, or "
+            "000.png, with any picture's ending"
+        )
+    if of["empty_masks"]:
+        more = ", ..." if len(of["empty_masks"]) > 3 else ""
+        names = ", ".join(of["empty_masks"][:3])
+        lines.append(f"left out for an empty mask: {len(of['empty_masks'])} ({names}{more})")
+    if of["marked_unseen"]:
+        lines.append(
+            f"{of['marked_unseen']:.1%} of the marked pixels, and {of['masks_unseen']} masks entirely, lie outside the "
+            "centre square, which is all that the network sees: crop the pictures to the part that matters"
+        )
+    return "\n".join(lines)
 
 
 def print_without_test(gan: TrainedGAN, validation: ScoredSplit) -> None:

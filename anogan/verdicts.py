@@ -32,6 +32,15 @@ def threshold(of_normals: np.ndarray, alpha: float) -> float:
     return float(np.sort(of_normals)[-k]) if k > 0 else math.inf
 
 
+def too_few_to_mark(alpha: float, normals: int) -> str:
+    """A sentence for where `threshold` is infinite: so many normals cannot say which differences to mark."""
+    needed = math.ceil(1 / alpha - 1e-9) - 1
+    return (
+        f"no difference can be marked: --alpha {alpha:g} takes {needed} validation normals, and there are {normals}; "
+        "train on more pictures, or raise --alpha"
+    )
+
+
 def false_alarm_bound(alpha: float, normals: int) -> float:
     """With 95% confidence, at most this share of normal pictures is flagged at `alpha`, given so many normals.
 

@@ -178,7 +178,9 @@ def test_too_few_normals_flag_nothing_and_say_so(
     digit(trained.parents[1] / "mine/a.png", 7)
     run_here("fit_latent.py", "--steps", "20", "--images", "mine", *CPU)
     run_here("evaluate.py", "--images", "mine", "--alpha", "0.001", *CPU)
-    assert "nothing can be flagged at --alpha 0.001" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "nothing can be flagged at --alpha 0.001" in printed
+    assert "no difference can be marked: --alpha 0.001 takes 999 validation normals, and there are 27" in printed
     for flag in ("--alpha", "--fdr"):
         for share in ("0", "1", "nan"):
             assert f"{flag} must lie between 0 and 1" in fails("evaluate.py", flag, share)
@@ -243,12 +245,8 @@ def test_heat_maps_find_planted_defects(
     assert np.median(overlaps) > 0.3
 
     mask = Path("washers/ground_truth/missing/003_mask.png")
-    Image.new("1", (160, 120)).save(mask)
-    assert f"{mask} is empty" in fails("evaluate.py", *CPU)
     Image.new("1", (120, 160), 1).save(mask)
     assert f"{mask} has another size than test/missing/003.png" in fails("evaluate.py", *CPU)
-    mask.unlink()
-    assert f"{mask} of test/missing/003.png cannot be read" in fails("evaluate.py", *CPU)
 
 
 def test_share_flagged_of_fresh_normals(trained: Path, run_here: Callable[..., None]) -> None:
