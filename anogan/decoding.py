@@ -91,6 +91,8 @@ def open_file(path: Path, page: int = 0) -> Image.Image:
         image = Image.open(path)
         if page:
             image.seek(page)
+    # Without a name Pillow does not map the file into memory, where Pillow 13 scrambles a TIFF that is to be turned
+    image.filename = ""
     return image
 
 
@@ -177,7 +179,7 @@ def _both_bytes(image: Image.Image, raw_mode: str) -> np.ndarray:
     if raw_mode.split(";")[0] not in ("RGB", "RGBX"):
         raise ValueError(f"16-bit pixels of the kind {raw_mode}, with transparency, are not read: save it without")
     other = raw_mode[:-1] + ("L" if raw_mode.endswith("B") else "B")
-    again = open_file(Path(image.filename), image.tell())
+    again = open_file(Path(image.fp.name), image.tell())
     again.tile = [_with_raw_mode(tile, other) for tile in again.tile]
     upper, lower = (np.asarray(each)[..., :3].astype(np.float32) for each in (image, again))
     return 256 * upper + lower

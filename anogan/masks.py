@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from anogan import files, folders
+from anogan import decoding, files, folders
 from util import InputError
 
 FEW_LEVELS = 4  # up to so many levels beside the background are labels; more are the soft edge of a shape
@@ -62,7 +62,7 @@ def open_mask(path: Path, source: str, picture: Image.Image, size: tuple[int, in
     """
     page = folders.split_page(source)[1]
     try:
-        with Image.open(path) as file:
+        with decoding.open_file(path) as file:
             pages = getattr(file, "n_frames", 1)
             file.seek(min(page or 1, pages) - 1)
             has_exif = ExifTags.Base.Orientation in file.getexif()

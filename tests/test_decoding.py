@@ -190,6 +190,17 @@ def exif(orientation: int) -> Image.Exif:
 # ---- EXIF, size, colour
 
 
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize(("orientation", "turn"), [(3, 2), (6, 3), (8, 1)])
+def test_turned_tiff(tmp_path: Path, compression: str | None, orientation: int, turn: int) -> None:
+    """Pillow 13 scrambles uncompressed ones that are not square."""
+    pixels = np.arange(24, dtype=np.uint8).reshape(4, 6) * 10
+    for levels, view in ((pixels, GREY), (pixels.astype(np.uint16), View(32, 1, (0.0, 255.0)))):
+        Image.fromarray(levels).save(tmp_path / "a.tif", tiffinfo={0x0112: orientation}, compression=compression)
+        shown = decoding.at_own_size(open_one(tmp_path / "a.tif"), view)
+        assert np.array_equal(np.asarray(shown)[..., 0], np.rot90(pixels, turn))
+
+
 def test_a_broken_exif_block_does_not_matter(tmp_path: Path) -> None:
     for name in ("a.png", "a.jpg", "a.webp"):
         Image.new("L", (40, 40), 77).save(tmp_path / name, exif=b"Exif\0\0garbage")
