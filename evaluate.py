@@ -113,7 +113,7 @@ def evaluate_splits(gan: runs.TrainedGAN, config: Config) -> dict[str, Any]:
     if "train_anomalies" in scored:
         protocols["all_splits"] = [validation, test, scored["train_anomalies"]]
     for name, splits in protocols.items():
-        measured[name] = metrics.protocol_metrics(splits, config.bootstrap, config.seed)
+        measured[name] = metrics.protocol_metrics(splits, score, config.bootstrap, config.seed)
 
     # Verdict, from validation normals alone
     verdict = verdicts.decide(scored, validation.scores, score, config.alpha, config.fdr)

@@ -16,7 +16,6 @@ Measured: `make demo` searches 478 digits (32x32, ngf 16, 100 steps) in 7 s on o
 AVX512-BF16; 39 s on one without AVX-512 and with other jobs.
 """
 
-import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -239,7 +238,7 @@ def check_reconstruction(
         drawn = gan.generator(torch.from_numpy(latents["z"][rows]).to(gan.device))
     path = gan.run_dir / "reconstructions.png"
     grids = (plots.grid(images.to_display(each)) for each in (x, drawn))
-    plots.samples(path, *grids, f"{gan.run_dir.name}: normal images that G has not seen")
+    plots.samples(path, *grids, f"{plots.shown(gan.run_dir.name)}: normal images that G has not seen")
     print(
         f"reconstruction check: G(z) leaves {left:.3f} of the range from black to white in {len(x)} validation "
         f"normals, the median picture leaves {left_by_median:.3f}: G explains {explained:.0%}, see {path}"
@@ -252,7 +251,7 @@ def next_command(run_dir: Path, pictures: tuple[str, ...] | None) -> str:
     """The command that scores what was found, as it can be pasted."""
     flags = [] if pictures is None else ["--images", *pictures[:6]]
     more = " ... and the others" if pictures is not None and len(pictures) > 6 else ""
-    return shlex.join(["python", "evaluate.py", "--run-dir", str(run_dir), *flags]) + more
+    return " ".join(map(util.quoted, ["python", "evaluate.py", "--run-dir", run_dir, *flags])) + more
 
 
 if __name__ == "__main__":

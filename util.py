@@ -142,9 +142,20 @@ def help_text(doc: str) -> str:
     return "\n\n".join(paragraphs)
 
 
-def quoted(path: Path) -> str:
+def quoted(path: Path | str) -> str:
     """A path as it must be typed in a shell, for the commands that messages name."""
-    return shlex.quote(str(path))
+    text = str(path)
+    if text.isprintable():
+        return shlex.quote(text)
+    # what cannot be printed cannot be typed either: its bytes, as bash and zsh read them
+    plain = set(range(32, 127)) - set(b"'\\")
+    return "$'" + "".join(chr(byte) if byte in plain else f"\\x{byte:02x}" for byte in os.fsencode(text)) + "'"
+
+
+def printable(text: str) -> str:
+    """A text in one line, with an escape such as \\n, \\x1b or \\udcff for each character that is none to print: a name
+    of a file or a folder may hold any."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def check_at_least(config: Any, minimum: float, *names: str) -> None:

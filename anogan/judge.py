@@ -11,6 +11,7 @@ from PIL import Image
 from anogan import files, heatmaps, plots, processes, report, verdicts
 from anogan.scores import ScoredSplit
 from anogan.verdicts import Verdict
+from util import printable
 
 
 def write(pictures: ScoredSplit, of_normals: np.ndarray, verdict: Verdict) -> Path:
@@ -99,7 +100,7 @@ def print_verdicts(pictures: ScoredSplit, verdict: Verdict, unsearched: int) -> 
     ranked = pictures.ranked(verdict.score)
     print(f"\n{'p_value':>8}  {verdict.score:>13}  flagged  picture")
     for i in ranked[:20]:
-        name = "".join(letter if letter.isprintable() else "?" for letter in pictures.images.source[i])
+        name = printable(pictures.images.source[i])
         print(f"{p_value[i]:8.3g}  {score[i]:13.5g}  {'yes' if flagged[i] else '':7}  {name}")
     if len(ranked) > 20:
         print(f"... and {len(ranked) - 20} less anomalous ones, in scores.csv")

@@ -84,6 +84,8 @@ class Loop:
         and in a film of the epochs. Raises InputError if the checkpoint cannot be gone on with.
         """
         config, settings = training.config, training.settings
+        if config.tensorboard:
+            _check_tensorboard_can_write(training.path)
         self._training, self._curves, self._draw, self._about = training, curves, draw, about or {}
         self._parts = parts | {
             name.replace("optimizer", "scheduler"): CosineAnnealingWarmRestarts(part, T_0=15, T_mult=2)
@@ -275,7 +277,7 @@ class Loop:
         plots.losses(paths["losses.png"], values, self._curves, self._steps_per_epoch)
         if self._draw is None:
             return
-        real, title = plots.grid(self._training.images[:64] / 255), self._training.path.parent.name
+        real, title = plots.grid(self._training.images[:64] / 255), plots.shown(self._training.path.parent.name)
         plots.samples(paths["samples.png"], real, self._draw(), f"{title}, epoch {self._epoch:.4g}")
         if self._frames:  # the first one comes with the first whole epoch
             plots.film(paths["samples.gif"], self._frames)
@@ -317,6 +319,16 @@ def checkpoint_interval(text: str) -> tuple[float, float]:
     if re.fullmatch(r"\d+(\.\d+)?m", text) and float(text[:-1]) > 0:
         return 60 * float(text[:-1]), math.inf
     raise util.InputError(f"--checkpoint-every must be minutes such as 10m, or steps such as 500, not {text!r}")
+
+
+def _check_tensorboard_can_write(path: Path) -> None:
+    """Raise InputError if a path has bytes that are no UTF-8, which TensorBoard's writer does not take."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise util.InputError(
+            f"--tensorboard cannot write to {path.parent}, whose name is not UTF-8: name another folder with --run-dir"
+        ) from error
 
 
 def script_name(command: str) -> str:

@@ -7,56 +7,106 @@ from typing import Any
 
 import numpy as np
 from scipy.ndimage import label
-from sklearn.metrics import auc, average_precision_score, roc_auc_score, roc_curve
+from sklearn.metrics import auc, roc_curve
 
 from anogan import heatmaps, masks
 from anogan.scores import ScoredSplit
 
+CLASSES = 30  # anomalous classes that figures and the terminal show at most; metrics.json has them all
 
-def bootstrap_interval(score: np.ndarray, is_anomaly: np.ndarray, resamples: int, seed: int) -> list[float]:
-    """95% percentile interval of the ROC-AUC, normals and anomalies resampled each among themselves.
 
-    The AUC is the share of (normal, anomaly) pairs in which the anomaly scores higher, ties counting half
-    (Mann-Whitney), so a resample needs only counts over the distinct scores and no new sort.
+def bootstrap_aucs(
+    scores: np.ndarray, is_anomaly: np.ndarray, classes: np.ndarray, resamples: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """ROC-AUCs of several scores (S, N) in the same resamples: of all anomalies (S, resamples), and of each class
+    (S, K, resamples). `classes` (A,) numbers the classes of the anomalies from 0 to K - 1.
+
+    Normals, anomalies, and the anomalies of each class are resampled each among themselves. The AUC is the share of
+    (normal, anomaly) pairs in which the anomaly scores higher, ties counting half (Mann-Whitney), so a resample needs
+    only how often each image was drawn, and no new sort.
     """
-    rng = np.random.default_rng(seed)
-    values, place = np.unique(score, return_inverse=True)
-    normal, anomalous = place[~is_anomaly], place[is_anomaly]
-    aucs = []
-    for _ in range(resamples):
-        normals = np.bincount(rng.choice(normal, len(normal)), minlength=len(values))  # how many score each value
-        anomalies = np.bincount(rng.choice(anomalous, len(anomalous)), minlength=len(values))
-        normals_below = np.cumsum(normals) - normals
-        aucs.append(anomalies @ (normals_below + normals / 2) / (len(normal) * len(anomalous)))
-    return np.quantile(aucs, [0.025, 0.975]).tolist()
+    rng, rng_of_classes = np.random.default_rng(seed), np.random.default_rng([seed, 1])
+    normals, anomalies = scores[:, ~is_anomaly], scores[:, is_anomaly]  # (S, M), (S, A)
+    order = np.argsort(normals, axis=1)
+    ranked = np.take_along_axis(normals, order, 1)
+    # how many normals score less than an anomaly, and how many at most as much: (S, A) each
+    less, up_to = (
+        np.array([np.searchsorted(one, other, side) for one, other in zip(ranked, anomalies, strict=True)])
+        for side in ("left", "right")
+    )
+    members, sizes = np.argsort(classes, kind="stable"), np.bincount(classes)  # members class by class
+    first = np.cumsum(sizes) - sizes  # where a class begins among them
+    own_first, own_size = np.repeat(first, sizes), np.repeat(sizes, sizes)  # of each member's class
+
+    (count, m), a = normals.shape, len(classes)
+    of_all, of_classes = np.empty((count, resamples)), np.empty((count, len(sizes), resamples))
+    drawn_so_far = np.zeros((count, m + 1), np.int64)  # normals, from the lowest score up
+    for i in range(resamples):
+        np.cumsum(np.bincount(rng.integers(0, m, m), minlength=m)[order], axis=1, out=drawn_so_far[:, 1:])
+        halves = np.take_along_axis(drawn_so_far, less, 1) + np.take_along_axis(drawn_so_far, up_to, 1)  # (S, A)
+        of_all[:, i] = halves @ np.bincount(rng.integers(0, a, a), minlength=a)
+        drawn = own_first + rng_of_classes.integers(0, own_size)
+        weighted = halves[:, members] * np.bincount(drawn, minlength=a)
+        of_classes[:, :, i] = np.add.reduceat(weighted, first, axis=1)
+    return of_all / (2 * m * a), of_classes / (2 * m * sizes[:, None])
 
 
-def detection_metrics(score: np.ndarray, is_anomaly: np.ndarray, resamples: int, seed: int) -> dict[str, object]:
-    """How well a score (N,) ranks anomalies above normals; an inverted score comes out below 0.5, never flipped."""
+def interval(values: np.ndarray) -> list[float]:
+    """The 95% percentile interval of what resamples gave, (B,) to [low, high]."""
+    return np.quantile(values, [0.025, 0.975]).tolist()
+
+
+def detection_metrics(score: np.ndarray, is_anomaly: np.ndarray, resampled: np.ndarray) -> dict[str, Any]:
+    """How well a score (N,) ranks anomalies above normals, with its `bootstrap_aucs` (B,).
+
+    An inverted score comes out below 0.5, never flipped.
+    """
+    # once, and all else from it: with hundreds of classes, calls of scikit-learn take minutes
     fpr, tpr, _ = roc_curve(is_anomaly, score, drop_intermediate=False)
+    n_normal, n_anomalous = int((~is_anomaly).sum()), int(is_anomaly.sum())
+    caught, false = n_anomalous * tpr[1:], n_normal * fpr[1:]  # from each threshold up
     return {
-        "roc_auc": float(roc_auc_score(is_anomaly, score)),
-        "roc_auc_95_interval": bootstrap_interval(score, is_anomaly, resamples, seed),
-        "average_precision": float(average_precision_score(is_anomaly, score)),
+        "roc_auc": float(auc(fpr, tpr)),
+        "roc_auc_95_interval": interval(resampled),
+        "average_precision": float(np.diff(tpr) @ (caught / (caught + false))),
         "fpr_at_95_tpr": float(fpr[np.argmax(tpr >= 0.95)]),  # false alarms when 95% of the anomalies are caught
-        "n_normal": int((~is_anomaly).sum()),
-        "n_anomalous": int(is_anomaly.sum()),
+        "n_normal": n_normal,
+        "n_anomalous": n_anomalous,
     }
 
 
-def protocol_metrics(splits: list[ScoredSplit], resamples: int, seed: int) -> dict[str, dict]:
-    """`detection_metrics` of every score over these splits together: all anomalies, then each anomalous class."""
+def protocol_metrics(splits: list[ScoredSplit], judged: str, resamples: int, seed: int) -> dict[str, dict]:
+    """`detection_metrics` of every score over these splits together: all anomalies, then each anomalous class.
+
+    Of all anomalies also the difference between the score's ROC-AUC and that of the score `judged`, with an interval of
+    its own: both are of the same images, so their own intervals do not say whether one is better.
+    """
     class_name = np.concatenate([split.class_name for split in splits])
     is_anomaly = np.concatenate([split.is_anomaly for split in splits])
+    by_name = {name: np.concatenate([split.scores[name] for split in splits]) for name in splits[0].scores}
+    names, classes = np.unique(class_name[is_anomaly], return_inverse=True)
+    of_all, of_classes = bootstrap_aucs(np.array(list(by_name.values())), is_anomaly, classes, resamples, seed)
+    found = {name: detection_metrics(by_name[name], is_anomaly, of_all[i]) for i, name in enumerate(by_name)}
+    reference = of_all[list(by_name).index(judged)]
     metrics = {}
-    for name in splits[0].scores:
-        score = np.concatenate([split.scores[name] for split in splits])
-        metrics[name] = detection_metrics(score, is_anomaly, resamples, seed) | {"per_class": {}}
-        for anomaly in np.unique(class_name[is_anomaly]):
+    for (name, score), all_resampled, by_class in zip(by_name.items(), of_all, of_classes, strict=True):
+        metrics[name] = found[name] | {
+            "roc_auc_minus_judged": found[name]["roc_auc"] - found[judged]["roc_auc"],
+            "roc_auc_minus_judged_95_interval": interval(all_resampled - reference),
+            "per_class": {},
+        }
+        for anomaly, resampled in zip(names, by_class, strict=True):
             rows = ~is_anomaly | (class_name == anomaly)
-            of_class = detection_metrics(score[rows], is_anomaly[rows], resamples, seed)
-            metrics[name]["per_class"][str(anomaly)] = of_class
+            metrics[name]["per_class"][str(anomaly)] = detection_metrics(score[rows], is_anomaly[rows], resampled)
     return metrics
+
+
+def worst_classes(per_class: dict[str, dict[str, Any]]) -> list[str]:
+    """The anomalous classes to show: all, in their order, or of more than CLASSES those of the lowest ROC-AUC, worst
+    first."""
+    if len(per_class) <= CLASSES:
+        return list(per_class)
+    return sorted(per_class, key=lambda name: per_class[name]["roc_auc"])[:CLASSES]
 
 
 # ---- pixels ---------------------------------------------------------------------------------------------------------

@@ -2,12 +2,17 @@
 
 import io
 import math
+from functools import cache
 from pathlib import Path
+from unicodedata import east_asian_width
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot, which would choose a backend for whoever imports this
+from matplotlib.font_manager import FontProperties, findfont, fontManager
+from matplotlib.ft2font import FT2Font
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from sklearn.metrics import roc_curve
@@ -15,14 +20,62 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from anogan import files, heatmaps, images
+from anogan.metrics import worst_classes
 from anogan.scores import ScoredSplit
 from anogan.verdicts import Verdict
+from util import printable
 
 DPI = 120  # dots per inch of every figure
 
 
+# ---- names from outside ---------------------------------------------------------------------------------------------
+
+
+def shown(name: str, most: int = 30) -> str:
+    """A name of a folder or a class as a figure can show it, in one line of at most so many characters.
+
+    What is not printable, and what no installed font has, becomes an escape such as \\x1b or \\u5199. A longer name
+    loses its middle. East Asian characters count twice, as they are twice as wide.
+    """
+    pieces = [letter if family_with(letter) else letter.encode("unicode_escape").decode() for letter in printable(name)]
+    kept = list(pieces)
+    while sum(2 if east_asian_width(piece[0]) in "FW" else len(piece) for piece in kept) > most:
+        del kept[len(kept) // 2]
+    if len(kept) < len(pieces):
+        kept.insert((len(kept) + 1) // 2, "…")
+    return "".join(kept)
+
+
+def family_with(letter: str) -> str | None:
+    """The first font family with a glyph for a letter, that of matplotlib's settings before others; None without."""
+    ordinary = FontProperties().get_family()
+    return next((name for name in (*ordinary, *_other_families()) if ord(letter) in _letters(name)), None)
+
+
+@cache
+def _other_families() -> list[str]:
+    """Every installed family with an upright font of normal weight, but those that stand in for missing letters."""
+    usual = (font for font in fontManager.ttflist if font.style == "normal" and font.weight in (400, "normal"))
+    return sorted({font.name for font in usual if "LastResort" not in font.name.replace(" ", "")})
+
+
+@cache
+def _letters(family: str) -> frozenset[int]:
+    """The code points that a font family has a glyph for."""
+    return frozenset(FT2Font(findfont(FontProperties(family=[family]))).get_charmap())
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure, whole or not at all."""
+    """Write a figure, whole or not at all. No text in it is read as math, whatever `$` a name has, and a letter that
+    the font lacks comes from another font."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+        families = {family_with(letter) for letter in text.get_text() if letter.isprintable()}
+        ordinary = text.get_fontfamily()
+        text.set_fontfamily([*ordinary, *sorted(families - {None, *ordinary})])
     with files.replacing(path) as partial:
         figure.savefig(partial, dpi=DPI)
 
@@ -112,12 +165,13 @@ def score_histograms(
     """
     lines = -(-len(scores) // 5)
     columns = -(-len(scores) // lines)
-    figure = Figure(figsize=(4 * columns, 3.6 * lines), layout="constrained")
+    figure = Figure(figsize=(max(6, 4 * columns), 3.6 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False)
     for axes in panels.flat[len(scores) :]:
         axes.axis("off")
     for axes, (label, score) in zip(panels.flat, scores.items(), strict=False):
-        bins = np.linspace(*np.quantile(score, [0.0, 0.998]), 50)  # a few extreme scores would squeeze the rest
+        # a few extreme scores would squeeze the rest; if all are the same, these bins have a width nonetheless
+        bins = np.histogram_bin_edges(score, 49, np.quantile(score, [0.0, 0.998]))
         score = score.clip(bins[0], bins[-1])  # the last bin holds the rest
         for kind, rows, colour in zip(kinds, (~is_second, is_second), ("tab:green", "tab:red"), strict=True):
             label_of_kind = f"{kind} ({rows.sum()})"
@@ -135,11 +189,29 @@ def score_histograms(
     save(figure, path)
 
 
-def per_class_auc(path: Path, split: ScoredSplit, metrics: dict, title: str) -> None:
-    """ROC-AUC of each anomalous class against the normals, a bar a score, with 95% intervals."""
-    names = list(next(iter(metrics.values()))["per_class"])
-    figure = Figure(figsize=(max(10.0, 0.14 * len(metrics) * len(names) + 2), 4.2), layout="constrained")
-    axes = figure.subplots()
+def per_class_auc(path: Path, split: ScoredSplit, metrics: dict, judged: str, title: str) -> None:
+    """ROC-AUC of each anomalous class against the normals, a bar a score, with 95% intervals.
+
+    Ten classes a line. Of more than `metrics.CLASSES`, those that the score `judged` finds worst.
+    """
+    names, count = worst_classes(metrics[judged]["per_class"]), len(metrics[judged]["per_class"])
+    lines = -(-len(names) // 10)
+    each = -(-len(names) // lines)
+    size = max(10.0, 0.14 * len(metrics) * each + 2), 3 * lines + 1.2
+    figure = Figure(figsize=size, layout="constrained")
+    for i, axes in enumerate(figure.subplots(lines, 1, squeeze=False).flat):
+        bars_of_classes(axes, split, metrics, names[i * each : (i + 1) * each])
+        axes.set(ylabel="ROC-AUC", xlim=(-0.6, each - 0.4), ylim=(0, 1.03))
+    which = "by anomalous class"
+    if len(names) < count:
+        which = f"of the {len(names)} of {count} anomalous classes where {split.declared[judged].label} is worst"
+    figure.suptitle(f"{title}\nAUC {which} (dotted: chance)")
+    figure.legend(*axes.get_legend_handles_labels(), fontsize="small", ncols=4, loc="outside lower center")
+    save(figure, path)
+
+
+def bars_of_classes(axes: Axes, split: ScoredSplit, metrics: dict, names: list[str]) -> None:
+    """The bars of some classes, a group of all scores for each."""
     width = 0.8 / len(metrics)
     for i, (score, overall) in enumerate(metrics.items()):
         auc = np.array([overall["per_class"][name]["roc_auc"] for name in names])
@@ -158,10 +230,7 @@ def per_class_auc(path: Path, split: ScoredSplit, metrics: dict, title: str) -> 
             error_kw={"linewidth": 0.8},
         )
     axes.axhline(0.5, color="black", linestyle=":", linewidth=1)
-    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    axes.set(ylabel="ROC-AUC", ylim=(0, 1.03), title=f"{title}: AUC by anomalous class (dotted: chance)")
-    figure.legend(fontsize="small", ncols=4, loc="outside lower center")
-    save(figure, path)
+    axes.set_xticks(range(len(names)), [shown(name, 24) for name in names], rotation=30, ha="right")
 
 
 def panels_of_images(path: Path, panels: list[np.ndarray], captions: list[list[str]], title: str) -> None:
@@ -231,39 +300,42 @@ def of_scores(test: ScoredSplit, verdict: Verdict, metrics: dict[str, dict]) -> 
     """ROC curves, histograms, ROC-AUC by class and the ranking, to the run folder; returns their paths."""
     names = ("roc.png", "score_histograms.png", "per_class_auc.png", "ranking.png")
     paths = [test.gan.run_dir / name for name in names]
-    label, title = test.declared[verdict.score].label, f"{test.gan.run_dir.name}, test split"
+    label, title = test.declared[verdict.score].label, f"{shown(test.gan.run_dir.name)}, test split"
     roc_curves(paths[0], test, metrics, title)
     by_label = {test.declared[name].label: values for name, values in test.scores.items()}
     score_histograms(paths[1], by_label, test.is_anomaly, (label, verdict.threshold), title)
-    per_class_auc(paths[2], test, metrics, title)
+    per_class_auc(paths[2], test, metrics, verdict.score, title)
     ranked, score = test.ranked(verdict.score), test.scores[verdict.score]
     groups = {
         f"most {kind}": (
             images.to_display(test.real_and_generated(rows)[0]),
-            [f"{test.class_name[i]}\n{score[i]:.4g}" for i in rows],
+            [f"{shown(test.class_name[i], 16)}\n{score[i]:.4g}" for i in rows],
             test.is_anomaly[rows],
         )
         for kind, rows in (("normal", ranked[::-1][:16]), ("anomalous", ranked[:16]))
     }
-    ranking(paths[3], groups, f"{title}, {label}")
+    ranking(paths[3], groups, f"{title}\n{label}")
     return paths
 
 
 def difference_maps(test: ScoredSplit, verdict: Verdict) -> Path:
     """Real, generated, difference and marked, of the first few normals and the first two of each anomalous class.
 
-    They are not the best-looking ones. Returns the figure's path.
+    Ten classes at most, and the title says so. They are not the best-looking ones. Returns the figure's path.
     """
     path = test.gan.run_dir / "difference_maps.png"
-    anomalous = np.unique(test.class_name[test.is_anomaly])[:10]
+    all_anomalous = np.unique(test.class_name[test.is_anomaly])
+    anomalous = all_anomalous[:10]
     rows = [np.flatnonzero(~test.is_anomaly)[:4]]
     rows = np.concatenate(rows + [np.flatnonzero(test.class_name == name)[:2] for name in anomalous])
     x, generated = test.real_and_generated(rows)
     panels = heatmaps.panels(x, generated, heatmaps.difference(x, generated), verdict.level, verdict.brightest)
     score, p_value = test.scores["anomaly_score"], verdict.p_value["test"]
-    captions = [[test.class_name[i], f"A = {score[i]:.0f}", f"p = {p_value[i]:.2g}"] for i in rows]
+    captions = [[shown(test.class_name[i], 16), f"A = {score[i]:.0f}", f"p = {p_value[i]:.2g}"] for i in rows]
     is_marked = math.isfinite(verdict.level)
     red = f"red: differs by more than {verdict.level:.2f}" if is_marked else "too few normals to mark"
-    title = f"{test.gan.run_dir.name}, test split, p of {test.declared[verdict.score].label}; {red}"
+    title = f"{shown(test.gan.run_dir.name)}, test split\np of {test.declared[verdict.score].label}; {red}"
+    if len(all_anomalous) > len(anomalous):
+        title += f"; the first {len(anomalous)} of {len(all_anomalous)} anomalous classes"
     panels_of_images(path, panels, captions, title)
     return path

@@ -18,10 +18,11 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from anogan import files, heatmaps, verdicts
+from anogan.metrics import worst_classes
 from anogan.runs import TrainedGAN
 from anogan.scores import ScoredSplit
 from anogan.verdicts import Verdict
-from util import quoted
+from util import printable, quoted
 
 # Bytes of pictures at most, which base64 makes a third longer, so that a browser opens the file at once; the most
 # anomalous come first. Each image adds a row of numbers too: the file stays under 60 MB up to 20,000 images
@@ -54,10 +55,12 @@ def write(path: Path, page: Page, strips: Iterator[bytes]) -> None:
         if size > PICTURE_BYTES:
             break
         pictures.append(base64.b64encode(strip).decode())
+    classes = sorted({str(each) for each in split.class_name} - {""})
+    number = {name: i for i, name in enumerate(classes)}
     rows = [
         [
             str(split.images.source[i]),
-            str(split.class_name[i]),
+            number.get(str(split.class_name[i])),
             bool(verdict.flagged[page.name][i]),
             float(verdict.p_value[page.name][i]),
             *(float(values[i]) for values in split.scores.values()),
@@ -72,16 +75,22 @@ def write(path: Path, page: Page, strips: Iterator[bytes]) -> None:
         sentences=page.sentences,
         metrics=page.metrics,
         labels={name: score.label for name, score in split.declared.items()},
+        difference=difference,
         score=verdict.score,
         figures={each.stem.replace("_", " "): base64.b64encode(each.read_bytes()).decode() for each in page.figures},
-        data={"scores": list(split.scores), "verdict": verdict.score, "panels": panels, "rows": rows},
-        classes=sorted({str(each) for each in split.class_name} - {""}),
+        data={
+            "scores": list(split.scores),
+            "verdict": verdict.score,
+            "panels": panels,
+            "classes": classes,
+            "rows": rows,
+        },
         without_picture=len(rows) - len(pictures),
         searched=split.z is not None,
         level=verdict.level if math.isfinite(verdict.level) else None,
     )
     with files.replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8", errors="replace")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def strips(split: ScoredSplit, verdict: Verdict) -> Iterator[bytes]:
@@ -100,7 +109,10 @@ def strips(split: ScoredSplit, verdict: Verdict) -> Iterator[bytes]:
 
 def write_rows(path: Path, header: list[str], rows: Iterable[list]) -> None:
     """A CSV file, whole or not at all."""
-    with files.replacing(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="replace") as file:
+    with (
+        files.replacing(path) as partial,
+        partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)
@@ -123,29 +135,39 @@ def write_scores(path: Path, scored: dict[str, ScoredSplit], verdict: Verdict) -
     )
 
 
+def difference(of: dict[str, Any]) -> str:
+    """By how much a score's ROC-AUC is above that of the score that is judged by, with its interval."""
+    return "{:+z.3f} [{:+z.3f}, {:+z.3f}]".format(of["roc_auc_minus_judged"], *of["roc_auc_minus_judged_95_interval"])
+
+
 def print_table(found: dict) -> None:
     """The figures of metrics.json that a person wants first."""
+    judged = found["threshold"]["score"]
 
-    def row(name: str, of: dict) -> str:
+    def row(name: str, of: dict, against: str = "") -> str:
         low, high = of["roc_auc_95_interval"]
         below = "  below chance" if high < 0.5 else ""
         return (
             f"{name:<20} {of['roc_auc']:.3f} [{low:.3f}, {high:.3f}]  {of['average_precision']:>8.3f}"
-            f"  {of['fpr_at_95_tpr']:>8.3f}{below}"
-        )
+            f"  {of['fpr_at_95_tpr']:>8.3f}  {against:<24}{below}"
+        ).rstrip()
 
     for protocol in ("test", "all_splits"):
         if protocol not in found:
             continue
-        headline = found[protocol][found["threshold"]["score"]]
-        normals = f"{headline['n_normal']} normal ({found['normal_class']})"
+        headline = found[protocol][judged]
+        normals = f"{headline['n_normal']} normal ({printable(found['normal_class'])})"
         print(f"\n{protocol}: {normals}, {headline['n_anomalous']} anomalous images")
-        print(f"{'score':<20} ROC-AUC [95% interval]  avg.prec.  FPR at 95% TPR")
+        print(f"{'score':<20} ROC-AUC [95% interval]  avg.prec.  FPR at 95% TPR  AUC minus {judged}'s [95% interval]")
         for name, of in found[protocol].items():
-            print(row(name, of))
-        print(f"{found['threshold']['score']} by anomalous class")
-        for name, of in headline["per_class"].items():
-            print(row(f"  {name}", of))
+            print(row(name, of, "" if name == judged else difference(of)))
+        shown = worst_classes(headline["per_class"])
+        more = len(headline["per_class"]) - len(shown)
+        print(
+            f"{judged} by anomalous class" + (f", the {len(shown)} worst; metrics.json has {more} more" if more else "")
+        )
+        for name in shown:
+            print(row(f"  {printable(name)}", headline["per_class"][name]))
     if "with_mask" in found.get("pixels", {}):
         print(f"\n{pixel_sentences(found)}")
 
@@ -166,14 +188,14 @@ def pixel_sentences(found: dict) -> str:
     else:
         lines.append("no pixel-level figures: no anomalous image has a mask that marks something")
     if of["without_mask"]:
-        classes = ", ".join(f"{count} of {name}" for name, count in of["without_mask"].items())
+        classes = ", ".join(f"{count} of {printable(name)}" for name, count in of["without_mask"].items())
         lines.append(
             f"left out for lack of a mask: {classes}; that of test/bad/000.png is ground_truth/bad/000_mask.png, or "
             "000.png, with any picture's ending"
         )
     if of["empty_masks"]:
         more = ", ..." if len(of["empty_masks"]) > 3 else ""
-        names = ", ".join(of["empty_masks"][:3])
+        names = ", ".join(map(printable, of["empty_masks"][:3]))
         lines.append(f"left out for an empty mask: {len(of['empty_masks'])} ({names}{more})")
     if of["marked_unseen"]:
         lines.append(
@@ -197,10 +219,11 @@ def write_run(test: ScoredSplit, verdict: Verdict, found: dict[str, Any], figure
     """report.html, and what a person wants first on the terminal."""
     run_dir, normal_class = test.gan.run_dir, test.gan.normal_class
     at, means = found["threshold"]["test"], verdicts.meaning(verdict)
+    advice = verdicts.advice(test, verdict, found["test"])
     flagged = f"flags {at['false_alarm_rate']:.1%} of the normal and {at['detection_rate']:.1%} of the anomalous images"
     page = Page(
         f"{run_dir.name}: {len(test.images)} test images, {normal_class} is normal",
-        [f"On the test split it {flagged}.", f"{means[0].upper()}{means[1:]}."],
+        [f"On the test split it {flagged}.", f"{means[0].upper()}{means[1:]}.", *advice],
         figures[:3],
         "test",
         test,
@@ -217,3 +240,5 @@ def write_run(test: ScoredSplit, verdict: Verdict, found: dict[str, Any], figure
         f"next: open {run_dir / 'report.html'} in a browser, or judge your own pictures: "
         f"python {script} --run-dir {quoted(run_dir)} --images PATH"
     )
+    if advice:
+        print("\n" + "\n".join(advice))

@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.stats import beta, false_discovery_control
 
 from anogan.scores import ScoredSplit
+from util import quoted
 
 
 def p_values(score: np.ndarray, of_normals: np.ndarray) -> np.ndarray:
@@ -126,3 +128,38 @@ def meaning(verdict: Verdict) -> str:
         f"this flags at most {verdict.alpha:.1%} of normal pictures; with these {normals} validation normals it is at "
         f"most {bound:.1%}, with 95% confidence"
     )
+
+
+def advice(test: ScoredSplit, verdict: Verdict, metrics: dict[str, dict[str, Any]]) -> list[str]:
+    """What to try, in lines, if the score of a verdict may be no better than chance on the test images; else [].
+
+    `metrics` are those of `metrics.protocol_metrics`. What was tried already is left out.
+    """
+
+    def is_good(name: str) -> bool:
+        return metrics[name]["roc_auc_95_interval"][0] > 0.5
+
+    if is_good(verdict.score):
+        return []
+    of = metrics[verdict.score]
+    low, high = of["roc_auc_95_interval"]
+    how = "worse than chance" if high < 0.5 else "not clearly better than chance"
+    lines = [
+        f"By {verdict.score} the ROC-AUC of {of['n_normal']} normal and {of['n_anomalous']} anomalous images is {how}, "
+        f"{of['roc_auc']:.3f} [{low:.3f}, {high:.3f}], so that its flags mean little. What may help:"
+    ]
+    run_dir = f"--run-dir {quoted(test.gan.run_dir)}"
+    again = f"python evaluate.py {run_dir}"
+    natural = "- for natural pictures, such as animals or vehicles: "
+    if "combined" not in metrics:
+        lines.append(f"{natural}python -m detectors.rotnet {run_dir}, then {again}")
+    elif verdict.score != "combined" and is_good("combined"):
+        lines.append(f"{natural}{again} --score combined")
+    small, size = "- for small defects: ", test.gan.image_size
+    if "peak" not in metrics:
+        lines.append(f"{small}python fit_latent.py {run_dir}, then {again} --score peak")
+    elif verdict.score != "peak" and is_good("peak"):
+        lines.append(f"{small}{again} --score peak")
+    lines.append(f"- for small defects that cannot be seen at {size}x{size}: train_gan.py with a larger --image-size")
+    lines.append("- for all else: docs/own-pictures.md")
+    return lines

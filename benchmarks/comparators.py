@@ -178,7 +178,7 @@ def draw_roc(axes: Axes, run_dir: Path) -> None:
         axes.plot(fpr, tpr, color=DECLARED[name].colour, label=DECLARED[name].label)
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, label="chance")
     counts = f"{(~is_anomaly).sum()} normal, {is_anomaly.sum()} anomalous"
-    axes.set(xlabel="false positive rate", ylabel="true positive rate", title=f"{run_dir.name}\n{counts}")
+    axes.set(xlabel="false positive rate", ylabel="true positive rate", title=f"{plots.shown(run_dir.name)}\n{counts}")
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     axes.grid(alpha=0.3)
 

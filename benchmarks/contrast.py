@@ -61,7 +61,7 @@ def main(config: Config) -> None:
         axes.set_title(f"rank correlation {correlation:.2f}")
         axes.legend()
         axes.grid(alpha=0.3)
-    figure.suptitle(f"{run_dir.name}: test images, {gan.normal_class} is normal")
+    figure.suptitle(f"{plots.shown(run_dir.name)}: test images, {plots.shown(gan.normal_class)} is normal")
     plots.save(figure, measure.DOCS / "contrast.png")
 
 

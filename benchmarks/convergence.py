@@ -93,7 +93,8 @@ def main(config: Config) -> None:
     for axes in grid[:, 0]:
         axes.set_ylabel("mean loss of the search")
     figure.suptitle(
-        f"{about['dataset']}, {gan.normal_class}, {gan.image_size}x{gan.image_size}, {len(x)} validation images"
+        f"{plots.shown(about['dataset'])}, {plots.shown(gan.normal_class)}, {gan.image_size}x{gan.image_size}, "
+        f"{len(x)} validation images"
     )
     plots.save(figure, measure.DOCS / "convergence.png")
 

@@ -174,7 +174,8 @@ def draw_curves(path: Path, curves: dict[str, np.ndarray], config: Config) -> No
         axes.grid(alpha=0.3)
         axes.legend()
     figure.suptitle(
-        f"{config.dataset}, {config.normal_class}, {config.image_size}x{config.image_size}, ngf {config.ngf}"
+        f"{plots.shown(config.dataset)}, {plots.shown(config.normal_class)}, {config.image_size}x{config.image_size}, "
+        f"ngf {config.ngf}"
     )
     plots.save(figure, path)
 

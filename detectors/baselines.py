@@ -56,14 +56,15 @@ def to_vectors(pixels: torch.Tensor) -> np.ndarray:
 def choose_bandwidth(vectors: np.ndarray, seed: int) -> KernelDensity:
     """A Gaussian kernel density of vectors (N, D) with the bandwidth of the highest likelihood in five-fold validation.
 
-    The candidates are fractions of the vectors' root mean square distance from their mean: no label has a say.
+    Fewer than five vectors are a fold each; they must not all be the same. The candidates are fractions of their root
+    mean square distance from their mean: no label has a say.
     """
     scale = np.sqrt((vectors - vectors.mean(0)).var(0).sum())
     some = np.random.default_rng(seed).permutation(vectors)[:1000]  # with all of them it would take a minute
     # In hundreds of dimensions the bounds of scikit-learn's tree cancel, and log-densities came out wrong by up to 400:
     # with all vectors in one leaf they are exact
     model = KernelDensity(leaf_size=len(vectors))
-    search = GridSearchCV(model, {"bandwidth": scale * np.geomspace(0.02, 1, 12)}, cv=5).fit(some)
+    search = GridSearchCV(model, {"bandwidth": scale * np.geomspace(0.02, 1, 12)}, cv=min(5, len(some))).fit(some)
     return model.set_params(**search.best_params_).fit(vectors)
 
 
@@ -141,6 +142,11 @@ def main(config: Config) -> Path:
         gan = runs.load_gan(run_dir, torch.device("cpu"), config.dataset)
         print(f"run: {run_dir}   normal class: {gan.normal_class}")
         vectors, _ = load_split(gan, "train", config.skip_unreadable)
+        if (vectors == vectors[0]).all():
+            raise util.InputError(
+                f"the {len(vectors)} training images that can be read are all the same, and the baselines need two "
+                "that differ: add pictures, or go on without the baselines"
+            )
         pca = PCA(config.variance, svd_solver="full").fit(vectors)
         components = pca.transform(vectors)  # (N, D)
         print(f"{len(components)} training images, {pca.n_components_} principal components")

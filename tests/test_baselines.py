@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import TINY
+from PIL import Image
 from scipy.special import logsumexp
 from sklearn.metrics import roc_auc_score
 
@@ -51,6 +53,35 @@ def test_bandwidth_is_likeliest_on_fresh_images() -> None:
     for factor in (0.3, 3):
         other = type(model)(bandwidth=factor * model.bandwidth).fit(NORMAL)
         assert other.score(fresh) < model.score(fresh)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+@pytest.mark.parametrize("name", LABELS)
+def test_a_handful_of_pictures(name: str, count: int) -> None:
+    """Every baseline can be fitted to them, with a score for what is near and what is far; two may be the same."""
+    vectors = np.random.default_rng(0).normal(size=(count, 1))
+    vectors[1:-1] = vectors[0]
+    scores = fit_baseline(name, vectors, Config()).score_samples(np.r_[vectors, [[50.0]]])
+    assert np.isfinite(scores).all() and scores[-1] <= scores[0]
+    if name == "kde":
+        assert scores[-1] < scores.min(where=np.arange(count + 1) < count, initial=np.inf)
+
+
+def test_data_sets_of_five_pictures(tmp_path: Path, run_here: Callable[..., None], fails: Callable[..., str]) -> None:
+    """Four of them are to train on, too few for five folds. Of four that are all the same nothing can be learned."""
+    for part, count in (("train/good", 5), ("test/good", 2), ("test/bad", 2)):
+        (tmp_path / "few" / part).mkdir(parents=True)
+        for i in range(count):
+            Image.new("L", (32, 32), 50 + 10 * i).save(tmp_path / "few" / part / f"{i}.png")
+    run_here("train_gan.py", "--dataset", "few", "--epochs", "1", *TINY)
+    run_here("detectors.baselines")
+    with np.load(tmp_path / "outputs/few-good/baselines-test.npz") as file:
+        assert all(np.isfinite(file[name]).all() and len(file[name]) == 4 for name in LABELS)
+
+    for i in range(5):
+        Image.new("L", (32, 32), 50).save(tmp_path / "few/train/good" / f"{i}.png")
+    run_here("train_gan.py", "--dataset", "few", "--epochs", "1", "--fresh", *TINY)
+    assert "the 4 training images that can be read are all the same" in fails("detectors.baselines")
 
 
 def test_scores_are_those_of_the_images_that_were_searched(digits_workdir: Path) -> None:

@@ -1,18 +1,35 @@
 """The measures against small cases worked out by hand."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 
-from anogan.metrics import bootstrap_interval, detection_metrics, pixel_figures
+from anogan.metrics import (
+    CLASSES,
+    bootstrap_aucs,
+    detection_metrics,
+    interval,
+    pixel_figures,
+    protocol_metrics,
+    worst_classes,
+)
 from anogan.verdicts import flag_metrics, flags, p_values, threshold
 
 SCORE = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
 IS_ANOMALY = np.array([False, True, False, True, True])
 
 
+def resampled(score: np.ndarray, is_anomaly: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """The ROC-AUCs of one score's resamples, with one class of anomalies."""
+    of_all, of_class = bootstrap_aucs(score[None], is_anomaly, np.zeros(is_anomaly.sum(), int), resamples, seed)
+    assert of_all.shape == (1, resamples) and of_class.shape == (1, 1, resamples)
+    return of_all[0]
+
+
 def test_detection_metrics_by_hand() -> None:
-    metrics = detection_metrics(SCORE, IS_ANOMALY, resamples=10, seed=0)
+    metrics = detection_metrics(SCORE, IS_ANOMALY, resampled(SCORE, IS_ANOMALY, resamples=10, seed=0))
     assert metrics["roc_auc"] == pytest.approx(5 / 6)  # 5 of the 6 pairs in the right order
     # ranked from the top, anomalies come 1st, 2nd and 4th: precisions 1/1, 2/2, 3/4
     assert metrics["average_precision"] == pytest.approx((1 + 1 + 3 / 4) / 3)
@@ -20,26 +37,37 @@ def test_detection_metrics_by_hand() -> None:
     assert (metrics["n_normal"], metrics["n_anomalous"]) == (2, 3)
 
 
+def test_detection_metrics_against_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    for size in (5, 300):
+        is_anomaly = np.arange(size) % 3 == 0
+        score = np.round(rng.normal(size=size) + is_anomaly, 1)  # rounded, so that there are ties
+        metrics = detection_metrics(score, is_anomaly, np.zeros(1))
+        assert metrics["roc_auc"] == pytest.approx(roc_auc_score(is_anomaly, score))
+        assert metrics["average_precision"] == pytest.approx(average_precision_score(is_anomaly, score))
+
+
 def test_an_inverted_score_stays_inverted() -> None:
-    metrics = detection_metrics(-SCORE, IS_ANOMALY, resamples=200, seed=0)
+    metrics = detection_metrics(-SCORE, IS_ANOMALY, resampled(-SCORE, IS_ANOMALY, resamples=200, seed=0))
     assert metrics["roc_auc"] == pytest.approx(1 / 6)
     assert metrics["roc_auc_95_interval"][0] < 1 / 6
-    assert detection_metrics(-SCORE[[0, 4]], IS_ANOMALY[[0, 4]], 10, 0)["roc_auc_95_interval"] == [0, 0]
+    assert interval(resampled(-SCORE[[0, 4]], IS_ANOMALY[[0, 4]], 10, 0)) == [0, 0]
 
 
 def test_bootstrap_by_hand() -> None:
     # one normal and one anomaly: every resample is the sample itself
-    assert bootstrap_interval(np.array([1.0, 2.0]), np.array([False, True]), 20, 0) == [1, 1]
-    assert bootstrap_interval(np.array([2.0, 2.0]), np.array([False, True]), 20, 0) == [0.5, 0.5]
+    assert interval(resampled(np.array([1.0, 2.0]), np.array([False, True]), 20, 0)) == [1, 1]
+    assert interval(resampled(np.array([2.0, 2.0]), np.array([False, True]), 20, 0)) == [0.5, 0.5]
     # normals 1, 3 against one anomaly 2: two draws of {1, 3} give AUC 0, 1/2 or 1, with 1/4, 1/2, 1/4
-    assert bootstrap_interval(np.array([1.0, 3.0, 2.0]), np.array([False, False, True]), 4000, 0) == [0, 1]
+    aucs = resampled(np.array([1.0, 3.0, 2.0]), np.array([False, False, True]), 4000, 0)
+    assert np.unique(aucs).tolist() == [0, 0.5, 1] and (aucs == 0.5).mean() == pytest.approx(0.5, abs=0.03)
 
 
 def test_bootstrap_against_scikit_learn() -> None:
     rng = np.random.default_rng(0)
     is_anomaly = rng.random(300) < 0.3
     score = np.round(rng.normal(size=300) + is_anomaly, 1)  # rounded, so that there are ties
-    low, high = bootstrap_interval(score, is_anomaly, 400, seed=1)
+    low, high = interval(resampled(score, is_anomaly, 400, seed=1))
     normals, anomalies = score[~is_anomaly], score[is_anomaly]
     labels, aucs = np.sort(is_anomaly), []
     for _ in range(400):
@@ -51,13 +79,69 @@ def test_bootstrap_against_scikit_learn() -> None:
 
 def test_bootstrap_covers_the_truth() -> None:
     """Of 200 intervals around an AUC known to be 0.76, about 95% hold it."""
-    rng = np.random.default_rng(0)
     is_anomaly = np.arange(200) < 100
-    holds = 0
-    for i in range(200):
-        low, high = bootstrap_interval(rng.normal(size=200) + is_anomaly, is_anomaly, 200, seed=i)
-        holds += low <= 0.7602 <= high  # Φ(1/√2)
+    scores = np.random.default_rng(0).normal(size=(200, 200)) + is_anomaly
+    of_all, _ = bootstrap_aucs(scores, is_anomaly, np.zeros(100, int), 200, seed=0)
+    low, high = np.array([interval(aucs) for aucs in of_all]).T
+    holds = ((low <= 0.7602) & (high >= 0.7602)).sum()  # Φ(1/√2)
     assert 180 <= holds <= 198
+
+
+def test_a_class_is_resampled_by_itself() -> None:
+    """Its AUCs are those of a bootstrap with no other anomalies, whatever the order of the images."""
+    rng = np.random.default_rng(0)
+    is_anomaly, classes = np.arange(200) >= 100, rng.integers(0, 3, 100)
+    scores = rng.normal(size=(2, 200)) + is_anomaly * np.r_[np.zeros(100), classes]
+    _, of_classes = bootstrap_aucs(scores, is_anomaly, classes, 400, seed=0)
+    assert of_classes.shape == (2, 3, 400)
+    for number in range(3):
+        rows = ~is_anomaly | np.r_[np.zeros(100, bool), classes == number]
+        for score, aucs in zip(scores, of_classes[:, number], strict=True):
+            alone = resampled(score[rows], is_anomaly[rows], 400, seed=1)
+            assert aucs.mean() == pytest.approx(roc_auc_score(is_anomaly[rows], score[rows]), abs=0.01)
+            assert interval(aucs) == pytest.approx(interval(alone), abs=0.03)
+
+
+def split_of(scores: dict[str, np.ndarray], class_name: np.ndarray) -> SimpleNamespace:
+    return SimpleNamespace(scores=scores, class_name=class_name, is_anomaly=class_name != "good")
+
+
+def test_scores_are_compared_on_the_same_resamples() -> None:
+    rng = np.random.default_rng(0)
+    class_name = np.repeat(["good", "dent", "scratch"], [200, 120, 80])
+    is_anomaly, noise = class_name != "good", rng.normal(size=400)
+    scores = {
+        "judged": noise + is_anomaly,
+        "same": noise + is_anomaly,
+        "order": np.exp(noise + is_anomaly),  # other values in the same order
+        "close": noise + is_anomaly + 0.1 * rng.normal(size=400),
+        "better": noise + 2 * is_anomaly,
+        "worse": rng.normal(size=400),
+    }
+    found = protocol_metrics([split_of(scores, class_name)], "judged", 300, seed=0)
+    for name in ("judged", "same", "order"):
+        assert found[name]["roc_auc_minus_judged"] == 0
+        assert found[name]["roc_auc_minus_judged_95_interval"] == [0, 0]
+    assert found["better"]["roc_auc_minus_judged_95_interval"][0] > 0.05
+    assert found["worse"]["roc_auc_minus_judged_95_interval"][1] < -0.05
+    for of in found.values():
+        assert of["roc_auc_minus_judged"] == pytest.approx(of["roc_auc"] - found["judged"]["roc_auc"])
+        assert "roc_auc_minus_judged" not in of["per_class"]["dent"]
+
+    # of two scores that follow each other the difference is known better than from two bootstraps of their own
+    low, high = found["close"]["roc_auc_minus_judged_95_interval"]
+    assert low <= found["close"]["roc_auc_minus_judged"] <= high
+    apart = resampled(scores["close"], is_anomaly, 300, 1) - resampled(scores["judged"], is_anomaly, 300, 2)
+    assert high - low < 0.3 * np.ptp(interval(apart))
+
+
+def test_the_classes_to_show() -> None:
+    """All, in their order, or the worst of more than that, worst first."""
+    of_classes = {f"{i:03d}": {"roc_auc": (7 * i % 100) / 100} for i in range(100)}
+    some = dict(list(of_classes.items())[:CLASSES])
+    assert worst_classes(some) == list(some)
+    worst = worst_classes(of_classes)
+    assert len(worst) == CLASSES and worst[:3] == ["000", "043", "086"]  # 7 * 43 = 301, 7 * 86 = 602
 
 
 def test_p_values_by_hand() -> None:

@@ -44,8 +44,10 @@ def names_of(page: Page) -> list[str]:
     return page.locator("#gallery .name").all_text_contents()
 
 
-def written(tmp_path: Path, names: list[str], strip: bytes | None = None) -> tuple[Path, np.ndarray]:
-    """A report of made-up pictures, of which every tenth is flagged, and their scores (N,)."""
+def written(
+    tmp_path: Path, names: list[str], strip: bytes | None = None, classes: tuple[str, ...] = ("good", "very  bad")
+) -> tuple[Path, np.ndarray]:
+    """A report of made-up pictures, of each class in turn, of which every tenth is flagged; and their scores (N,)."""
     count = len(names)
     score = np.random.default_rng(0).permutation(count) / count
     split = ScoredSplit(
@@ -53,7 +55,7 @@ def written(tmp_path: Path, names: list[str], strip: bytes | None = None) -> tup
         images=ImageSet("mine", [], np.arange(count), np.full(count, -1), np.array(names), None),
         z=np.zeros((count, 1)),
         search=None,
-        class_name=np.array(["good", "very  bad"])[np.arange(count) % 2],
+        class_name=np.array(classes)[np.arange(count) % len(classes)],
         is_anomaly=np.zeros(count, bool),
         scores={"anomaly_score": score, "residual": -score},
         declared={
@@ -80,6 +82,22 @@ def test_hostile_names_show_as_text(browser: Browser, tmp_path: Path) -> None:
     assert [name.replace("\udcff", "\ufffd") for name in names_of(page)] == expected
     assert page.title() == "Pictures of <mine>" and page.locator("h1").text_content() == "Pictures of <mine>"
     assert page.locator("#gallery img").count() == len(NAMES) and page.locator("script").count() == 2
+    assert complaints == []
+    page.close()
+
+
+def test_hostile_classes_can_be_chosen(browser: Browser, tmp_path: Path) -> None:
+    """Each name chooses the pictures of its class, also one of bytes that are no UTF-8."""
+    classes = (*NAMES, "", "carriage\rreturn")
+    pictures = [f"{i}.png" for i in range(3 * len(classes))]
+    path, score = written(tmp_path, pictures, classes=classes)
+    page, complaints = opened(browser, path)
+    options = page.locator("#class option")
+    assert options.count() == len(classes)  # "all", and every class but the one without a name
+    for number, name in enumerate(sorted(set(classes) - {""})):
+        page.select_option("#class", index=1 + number)
+        expected = [i for i in np.argsort(-score) if classes[i % len(classes)] == name]
+        assert names_of(page) == [pictures[i] for i in expected], name
     assert complaints == []
     page.close()
 
@@ -114,7 +132,7 @@ def test_sorting_filters_and_pages(browser: Browser, tmp_path: Path) -> None:
     assert page.locator("#count").text_content() == "13 of 130 images"
     assert page.locator("#gallery li.flagged").count() == 13
     page.uncheck("#flagged")
-    page.select_option("#class", "very  bad")
+    page.select_option("#class", label="very bad")
     assert names_of(page) == names[1::2][:48]
     page.fill("#search", "PART 01")
     assert names_of(page) == [f"part {i:03d}.png" for i in (11, 13, 15, 17, 19)]

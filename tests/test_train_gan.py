@@ -230,5 +230,6 @@ def test_tensorboard_has_the_losses(
     logged = events.Scalars("loss_d")
     assert [event.step for event in logged] == [int(row["step"]) for row in rows]
     np.testing.assert_allclose([event.value for event in logged], [float(row["loss_d"]) for row in rows], rtol=1e-4)
+    assert "--tensorboard cannot write to" in fails(*flags, "--run-dir", "not UTF-8 \udcff")
     monkeypatch.setattr("anogan.loop.find_spec", lambda name: None)
     assert "--tensorboard needs a package that is not installed: pip install tensorboard" in fails(*flags)

@@ -1,6 +1,7 @@
 """Images in, the four splits, the losses, run files out."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -208,3 +209,16 @@ def test_help_is_wrapped_and_its_examples_are_not(monkeypatch: pytest.MonkeyPatc
     lines = wrapped.splitlines()
     assert example in lines and lines[-1] == " Then more."
     assert all(line.startswith(" ") and len(line) <= 40 for line in lines if line and line != example)
+
+
+@pytest.mark.parametrize("name", ["plain", "a b'c", "two\nlines", "é 写 \x1b[31m\t\udcff\\'$HOME"])
+def test_a_path_as_a_shell_reads_it(name: str) -> None:
+    typed = util.quoted(Path(name))
+    assert typed.isprintable()
+    read = subprocess.run(["bash", "-c", f"printf %s {typed}"], capture_output=True, check=True).stdout
+    assert read == os.fsencode(name)
+
+
+def test_printable_by_hand() -> None:
+    assert util.printable("é 写\\n") == "é 写\\n"
+    assert util.printable("a\nb\x1b\udcff") == "a\\nb\\x1b\\udcff"
