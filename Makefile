@@ -21,7 +21,7 @@ TABLE :=
 
 demo: $(VENV)/installed
 	$(BIN)/python train_gan.py --dataset digits --normal-class 1 --run-dir $(DEMO) \
-	    --image-size 32 --ngf 16 --ndf 16 --batch-size 16 --epochs 105
+	    --ngf 16 --ndf 16 --batch-size 16 --epochs 105 --generator-steps 3
 	$(BIN)/python fit_latent.py --run-dir $(DEMO)
 	$(BIN)/python evaluate.py --run-dir $(DEMO) --alpha 0.1
 	@echo
@@ -37,7 +37,7 @@ demo: $(VENV)/installed
 washers washers-grey: $(VENV)/installed
 	test -d data/$@ || $(BIN)/python -m examples.planted_defects $(if $(findstring grey,$@),--grey)
 	$(BIN)/python train_gan.py --dataset data/$@ --normal-class good --run-dir outputs/$@-good \
-	    --ngf 32 --ndf 32 --batch-size 16 --epochs 105
+	    --image-size 64 --batch-size 16 --epochs 105 --generator-steps 3
 	$(BIN)/python fit_latent.py --run-dir outputs/$@-good
 	$(BIN)/python evaluate.py --run-dir outputs/$@-good --score peak
 	$(BIN)/python fit_latent.py --run-dir outputs/$@-good --images data/$@/new
@@ -58,7 +58,8 @@ bench: $(VENV)/installed $(BENCH_RUN)/gan.pt
 	$(BIN)/python -m benchmarks.training $(BENCH_DATA)
 
 outputs/digits-1-64/gan.pt: | $(VENV)/installed
-	$(BIN)/python train_gan.py --dataset digits --run-dir $(@D) --batch-size 16 --epochs 30
+	$(BIN)/python train_gan.py --dataset digits --run-dir $(@D) \
+	    --image-size 64 --ngf 64 --ndf 64 --batch-size 16 --epochs 30 --generator-steps 3
 
 table: $(VENV)/installed
 	$(BIN)/python -m benchmarks.cifar10_table $(TABLE)

@@ -64,7 +64,7 @@ def main(config: Config) -> dict[str, Any]:
     check(config)
     device = util.pick_device(config.device)
     run_dir = runs.find_run(config.run_dir)
-    with runs.run_folder(run_dir):
+    with runs.run_folder(run_dir), util.full_precision():
         gan = runs.load_gan(run_dir, device, config.dataset, config.max_megapixels)
         print(f"run: {run_dir}   normal class: {gan.normal_class}   epochs: {gan.epoch:.4g}   device: {device}")
         found = evaluate_splits(gan, config) if config.images is None else judge_pictures(gan, config)
@@ -78,7 +78,7 @@ def main(config: Config) -> dict[str, Any]:
 
 def check(config: Config) -> None:
     """Raise InputError, naming the flag, if a value cannot be used."""
-    util.check_at_least(config, 1, "bootstrap", "batch_size")
+    util.check_at_least(config, 1, "bootstrap", "batch_size", "max_megapixels")
     util.check_seed(config.seed)
     util.check_share(config, "alpha", "fdr")
     names = [score.name for score in SCORES]

@@ -53,7 +53,7 @@ class Config:
     discrimination_weight: float = 0.1  # lambda: the loss is (1 - lambda) residual + lambda discrimination
     init: Literal["candidates", "encoder"] = "candidates"  # where a search starts: the nearest candidate, or E(x)
     candidates: int = 4000  # generated images; a search starts at the nearest of them; 1: the same start for all
-    batch_size: int | None = None  # images at once, by default 64 on a CPU and 512 on a GPU; it changes no result
+    batch_size: int | None = None  # images at once, by default 64 on a CPU and 512 on a GPU
     shard_size: int = 1024  # images between two writes: what a crash can cost each process
     seed: int = 0  # of the candidates and of the choice of --max-images
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda, cuda:1, cpu, ...
@@ -74,13 +74,14 @@ def search(
     x (N, C, H, W) in [-1, 1] and starting z (N, latent_dim) to the z found (N, latent_dim), its residual (N,) and its
     discrimination (N,). G and D must be frozen and in eval mode. Then no image sees another: BatchNorm uses its stored
     statistics, Adam's moments belong to single coordinates, and the gradient of a sum is each image's own. So a batch
-    is exactly N separate searches. With precision "bf16" the steps run in bf16; what is returned is measured in fp32.
+    is N separate searches: exactly on a CPU; on a GPU, where the batch size decides in which order sums are formed, up
+    to what docs/results.md says. With precision "bf16" the steps run in bf16; what is returned is measured in fp32.
     """
     generator, discriminator = networks
     is_bf16 = util.pick_precision(config.precision, x.device) == "bf16"
     z = z.clone().requires_grad_()
     optimizer = Adam([z], lr=config.lr, fused=True)
-    with torch.no_grad():
+    with torch.no_grad(), util.full_precision():
         f_x = discriminator.features(x)  # f(x) stays the same throughout
 
     def losses() -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,7 +101,7 @@ def search(
         util.take_step(optimizer, loss.sum())
         after_step()
     z = z.detach()
-    with torch.no_grad():
+    with torch.no_grad(), util.full_precision():
         return z, *losses()
 
 
@@ -190,7 +191,7 @@ def main(config: Config) -> dict[str, dict[str, Any]]:
 
 def check(config: Config) -> None:
     """Raise InputError, naming the flag, if a value cannot be used."""
-    util.check_at_least(config, 1, "steps", "candidates", "shard_size", "max_images", "batch_size")
+    util.check_at_least(config, 1, "steps", "candidates", "shard_size", "max_images", "batch_size", "max_megapixels")
     util.check_at_least(config, 0, "lr", "discrimination_weight")
     util.check_seed(config.seed)
     if config.discrimination_weight > 1:

@@ -6,6 +6,8 @@ At 64 the generator's widths are 8, 4, 2, 1 x ngf at 4x4, 8x8, 16x16, 32x32, the
 mirror. At 32 the ladder is one rung shorter (4, 2, 1), at 128 one longer (16, 8, 4, 2, 1).
 """
 
+import contextlib
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -128,6 +130,19 @@ def initialise_weights(module: nn.Module) -> None:
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0, 0.02)
         nn.init.zeros_(module.bias)
+
+
+@contextlib.contextmanager
+def keeping_statistics(network: nn.Module) -> Iterator[None]:
+    """Inside, BatchNorm in training normalises by its batch as ever, and leaves its stored statistics as they are."""
+    layers = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
 
 
 def fold_batchnorm(layers: nn.Sequential) -> nn.Sequential:

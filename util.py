@@ -83,14 +83,30 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name} cannot be used here ({reason}); --device cpu always works") from error
+    if device.type == "cuda":  # or the same command would end in other weights, in fp32 at least
+        torch.backends.cudnn.deterministic = True
     return device
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Inside, a GPU computes fp32 in fp32, and not in TF32 with its 10 bits of mantissa: for what is measured."""
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 def pick_precision(name: Precision, device: torch.device) -> str:
     """What convolutions run in, "bf16" or "fp32": weights, losses and optimizers stay fp32 in both.
 
     `auto` is bf16 where the hardware has native bf16: NVIDIA from Ampere on, x86 with AVX512-BF16 or AMX. On these
-    GPUs PyTorch computes fp32 convolutions in TF32, with 10 bits of mantissa, unless it is told otherwise.
+    GPUs PyTorch computes fp32 convolutions in TF32, with 10 bits of mantissa, but for what `full_precision` holds.
     """
     if name != "auto":
         return name

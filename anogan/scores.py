@@ -321,7 +321,7 @@ def _load_sources(
         try:
             found = source.load(gan, image_sets)
             if source is LATENTS:
-                image_sets = {name: latents.fitted_images(each, name, found[name]) for name, each in image_sets.items()}
+                image_sets = {name: _searched(each, name, found[name]) for name, each in image_sets.items()}
         except InputError as error:
             if source is wanted.source or not request.is_the_only_one:
                 raise
@@ -338,6 +338,14 @@ def _load_sources(
         names = ", ".join(score.name for score in declared if score.source in loaded)
         raise InputError(f"there is no score {wanted.name} here, but {names}: {reason}")
     return loaded, image_sets
+
+
+def _searched(image_set: images.ImageSet, split: str, fits: dict[str, Any]) -> images.ImageSet:
+    """`latents.fitted_images`, and how many are left out."""
+    fitted = latents.fitted_images(image_set, split, fits)
+    if split != "images" and len(fitted) < len(image_set):
+        print(f"{split}: {len(fitted)} of {len(image_set)} images were searched; the others are left out")
+    return fitted
 
 
 def _command(source: Source, gan: runs.TrainedGAN) -> str:

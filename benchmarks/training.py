@@ -112,7 +112,7 @@ def our_training(
     pixels: torch.Tensor, precision: str, config: Config, device: torch.device
 ) -> tuple[Callable[[], None], list[torch.Tensor]]:
     """A turn of the loop of train_gan.py, and the losses that it adds to."""
-    ours = train_gan.Config(batch_size=config.batch_size)
+    ours = train_gan.Config(batch_size=config.batch_size, generator_steps=3)
     generator, discriminator = networks(config, device)
     optimizers = loop.prepare(generator, ours, device), loop.prepare(discriminator, ours, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -180,7 +180,8 @@ def digits_workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory in which the three scripts ran on `digits`, each as its own process."""
     workdir = tmp_path_factory.mktemp("digits")
     for command in (
-        "train_gan.py --dataset digits --normal-class 0 --epochs 3 --checkpoint-every 10 " + " ".join(TINY),
+        "train_gan.py --dataset digits --normal-class 0 --epochs 3 --generator-steps 3 --checkpoint-every 10 "
+        + " ".join(TINY),
         "fit_latent.py --splits validation test train_anomalies --max-images 60 --steps 20 --shard-size 40",
         "fit_latent.py --splits validation test train_anomalies --max-images 60 --steps 20 --discrimination reference",
         "detectors.f_anogan --kappa 0.5",

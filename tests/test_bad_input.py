@@ -231,11 +231,16 @@ def test_latents_that_are_not_finite(trained: Path, fails: Fails, spoil: float) 
     assert "not finite" in fails("evaluate.py")
 
 
-def test_images_changed_since_the_search(tmp_path: Path, fails: Fails, run_here: Callable[..., None]) -> None:
+def test_images_changed_since_the_search(
+    tmp_path: Path, fails: Fails, run_here: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
     root = folder(tmp_path / "set", {"train/good": 10, "test/good": 2, "test/bad": 2})
     run_here(*TRAIN, "--dataset", "set", "--normal-class", "good")
     run_here("fit_latent.py", "--steps", "1", "--device", "cpu")
     draw(root / "test/bad/00a.png")
+    run_here("evaluate.py", "--bootstrap", "5", "--device", "cpu")
+    assert "test: 4 of 5 images were searched; the others are left out" in capsys.readouterr().out
+    (root / "test/bad/00.png").unlink()
     assert "run fit_latent.py --splits test again" in fails("evaluate.py")
     (root / open_split("set", "train", "good").source[0]).unlink()
     message = fails("fit_latent.py", "--steps", "1", "--device", "cpu")

@@ -124,6 +124,6 @@ def test_spoilt_and_missing_files(digits_workdir: Path, tmp_path: Path, fails: C
     assert "holds the split 'validation', not 'test'" in fails("evaluate.py")
     with np.load(digits_workdir / "outputs/digits-0/baselines-test.npz") as file:
         np.savez(path, **{name: array[:400] if array.ndim else array for name, array in file.items()})
-    assert "of the images that are scored" in fails("evaluate.py")
+    assert "is of other images than those that are scored" in fails("evaluate.py")
     path.unlink()
     assert "baselines-test.npz is missing: run python -m detectors.baselines" in fails("evaluate.py")

@@ -452,12 +452,12 @@ def test_bad_flags_never_end_in_a_traceback(
     draw, refused = random.Random(0), 0
     flags = {
         "train_gan.py": "image-size latent-dim batch-size generator-steps lr weight-decay checkpoint-every seed "
-        "precision normal-class dataset device",
+        "precision normal-class dataset device group-by max-megapixels",
         "fit_latent.py": "splits max-images steps lr discrimination-weight candidates batch-size shard-size seed "
-        "precision device run-dir init images",
+        "precision device run-dir init images dataset max-megapixels",
         "detectors.f_anogan": "epochs batch-size kappa lr weight-decay checkpoint-every seed precision device run-dir",
         "detectors.acae": "epochs batch-size l1-weight lr weight-decay checkpoint-every seed precision device run-dir",
-        "evaluate.py": "alpha fdr images score bootstrap batch-size seed device run-dir",
+        "evaluate.py": "alpha fdr images score bootstrap batch-size seed device run-dir dataset max-megapixels",
     }
     base = {
         "train_gan.py": ["--dataset", "digits", "--epochs", "1", *TINY, "--run-dir", "outputs/other", "--fresh"],

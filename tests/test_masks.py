@@ -263,7 +263,7 @@ def test_images_without_a_mask_are_left_out_and_counted(tmp_path: Path) -> None:
             yield batch, images.to_model(x), torch.full((len(batch), 1, 48, 48), 100 / 127.5 - 1)
 
     split = SimpleNamespace(
-        gan=SimpleNamespace(dataset=str(tmp_path)),
+        gan=SimpleNamespace(dataset=str(tmp_path), view=View(48, 1)),
         images=test,
         is_anomaly=class_name != "good",
         class_name=class_name,

@@ -124,7 +124,7 @@ def test_the_search_of_pictures_goes_on_and_is_of_these_pictures(
 ) -> None:
     root = trained.parents[1]
     digit(root / "mine/a.png", 0)
-    digit(root / "other/b.png", 0)
+    digit(root / "other/b.png", 0, 1)
     assert "run fit_latent.py --run-dir outputs/digits-0" in fails("evaluate.py", "--images", "mine", *CPU)
     fit = ["fit_latent.py", "--steps", "20", *CPU, "--images"]
     run_here(*fit, "mine")
@@ -222,6 +222,7 @@ def test_heat_maps_find_planted_defects(
     with pytest.raises(InputError, match="washers is there already"):
         planted_defects.main(config)
     sizes = ["--image-size", "32", "--ngf", "16", "--ndf", "16", "--latent-dim", "16", "--batch-size", "8"]
+    sizes += ["--generator-steps", "3"]
     run_here("train_gan.py", "--dataset", "washers", "--normal-class", "good", "--epochs", "75", *sizes, *CPU)
     run_here("fit_latent.py", "--steps", "50", *CPU)
     run_here("evaluate.py", "--score", "peak", "--alpha", "0.1", "--bootstrap", "20", *CPU)

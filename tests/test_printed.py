@@ -27,7 +27,7 @@ def figures(roc_auc: float, half_width: float, **more: object) -> dict[str, obje
 def advice(judged: str, **of_scores: float) -> str:
     """The advice of a run in which the scores have these ROC-AUCs ± 0.1."""
     test = SimpleNamespace(gan=SimpleNamespace(run_dir=Path("outputs/my run"), image_size=64))
-    verdict = verdicts.Verdict(judged, 0.05, None, 0.0, {}, {}, 1.0, 1.0)
+    verdict = verdicts.Verdict(judged, 0.05, None, 0.0, {}, {}, 1.0, 1.0, 9)
     return "\n".join(verdicts.advice(test, verdict, {name: figures(auc, 0.1) for name, auc in of_scores.items()}))
 
 

@@ -1,6 +1,7 @@
 """The batched search against a plain loop over single images, and what it must leave alone."""
 
 import copy
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -192,3 +193,25 @@ def test_a_step_moves_a_coordinate_by_about_lr(
     z, *_ = search(tiny_networks, images, start, steps=40, lr=2e-4)
     assert (z - start).abs().max() < 1.1 * 40 * 2e-4
     assert fit_latent.Config().lr * fit_latent.Config().steps > 3  # ours can cross the prior
+
+
+def test_what_is_measured_is_in_full_precision(
+    tiny_networks: Networks, images: torch.Tensor, start: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU fp32 is TF32 where it is allowed: in the steps, but not where f(x), R and D are worked out."""
+    generator, discriminator = tiny_networks
+    allowed: dict[str, list[bool]] = {"G": [], "f": []}
+
+    def noting(name: str, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(values: torch.Tensor) -> torch.Tensor:
+            allowed[name].append(torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+            return function(values)
+
+        return call
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(generator, "forward", noting("G", generator.forward))
+    monkeypatch.setattr(discriminator, "features", noting("f", discriminator.features))
+    search(tiny_networks, images, start)
+    assert allowed == {"G": [True] * STEPS + [False], "f": [False] + [True] * STEPS + [False]}
+    assert torch.backends.cudnn.allow_tf32

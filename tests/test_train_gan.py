@@ -15,6 +15,7 @@ import torch
 from conftest import TINY, Batches
 from PIL import Image
 from test_util import folder
+from torch import nn
 from torch.nn.functional import logsigmoid
 
 import fit_latent
@@ -71,7 +72,7 @@ def plain_steps(
 
 
 def test_training_step_is_the_plain_step(float64: None) -> None:
-    config = train_gan.Config(latent_dim=8, batch_size=8, lr=1e-3)
+    config = train_gan.Config(latent_dim=8, batch_size=8, lr=1e-3, generator_steps=3)
     torch.manual_seed(0)
     ours = Generator(32, 3, 8, 4).apply(initialise_weights), Discriminator(32, 3, 4).apply(initialise_weights)
     plain = copy.deepcopy(ours)
@@ -89,6 +90,24 @@ def test_training_step_is_the_plain_step(float64: None) -> None:
         for weight, expected_weight in zip(network.parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(weight, expected_weight, rtol=0, atol=1e-7)  # steps of up to 1e-3
         assert all(weight.requires_grad for weight in network.parameters())
+
+
+def test_stored_statistics_are_of_real_images_alone() -> None:
+    """Those of generated ones, `generator_steps` + 1 batches to one real one, would be what P_D and f are seen with."""
+    torch.manual_seed(0)
+    generator, discriminator = Generator(32, 3, 8, 4), Discriminator(32, 3, 4)
+    real = torch.rand(8, 3, 32, 32) * 2 - 1
+    norms = [layer for layer in discriminator.modules() if isinstance(layer, nn.BatchNorm2d)]
+    for layer in norms:
+        layer.momentum = 1.0  # what is stored is of the last batch
+    config = train_gan.Config(lr=0.0, weight_decay=0.0)
+    optimizers = [loop.prepare(network, config, torch.device("cpu")) for network in (generator, discriminator)]
+    train_gan.train(Batches([real]), generator, discriminator, optimizers, 8, generator_steps=3)
+    found = [(layer.running_mean.clone(), layer.running_var.clone()) for layer in norms]
+    discriminator(real)  # with lr 0 the weights are the same
+    for layer, (mean, variance) in zip(norms, found, strict=True):
+        torch.testing.assert_close(layer.running_mean, mean)
+        torch.testing.assert_close(layer.running_var, variance)
 
 
 def read_losses(run_dir: Path) -> torch.Tensor:
