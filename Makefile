@@ -3,7 +3,7 @@
 # make test      the test suite
 # make bench     the search and the training against the usual loops: two tables and two JSON files in under 10 minutes
 # make table     every class of CIFAR-10 in turn against the nine others: hours; goes on where it stopped
-# make cifar10   the three scripts with their defaults, on CIFAR-10 (hours without a GPU)
+# make cifar10   the three scripts with their defaults, on CIFAR-10
 # make lint      ruff
 
 PYTHON ?= python3
@@ -81,7 +81,7 @@ $(VENV)/installed: requirements.txt
 
 $(VENV)/installed-dev: $(VENV)/installed Makefile
 	$(BIN)/pip install "pytest>=8.4" "pytest-xdist>=3.6" "ruff>=0.17" "playwright>=1.50" "tensorboard>=2.18" \
-	    "nbclient>=0.10" "ipykernel>=6.29"
+	    "nbclient>=0.10" "ipykernel>=6.29" "pydicom>=3.0" "tifffile>=2024.8"
 	touch $@
 
 clean:
