@@ -31,7 +31,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from torch.optim import Adam
 
 import util
-from anogan import images, plots, processes, runs
+from anogan import images, loading, plots, processes, runs
 from anogan.latents import Latents, check_same_search
 from detectors import f_anogan
 from network import Discriminator, Generator
@@ -228,7 +228,7 @@ def check_reconstruction(
     """
     rows = images.evenly_spaced(len(latents["z"]), 32)
     unseen = validation.take(np.isin(validation.source, latents["source"][rows]))
-    x = images.to_model(images.load_images(unseen, gan.view)[0], gan.device)  # (32, C, H, W)
+    x = images.to_model(loading.load_images(unseen, gan.view)[0], gan.device)  # (32, C, H, W)
     some = training.take(images.evenly_spaced(len(training), 2000))
     median = runs.load_training_images(some, gan.view, skip_unreadable=True).median(0, keepdim=True).values
     by_median = util.residual_loss(x, images.to_model(median, gan.device))

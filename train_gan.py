@@ -22,7 +22,7 @@ from torch import nn
 from torch.optim import Adam
 
 import util
-from anogan import files, images, processes, runs
+from anogan import files, images, loading, processes, runs
 from anogan.decoding import View
 from anogan.loop import FIXED_Z, Loop, Training, check_config, prepare, sample_grid, weight_settings
 from network import Discriminator, Generator, channel_multipliers, initialise_weights, keeping_statistics
@@ -164,7 +164,7 @@ def normal_images(config: Config) -> tuple[images.ImageSet, torch.Tensor, View]:
     """
     normal = images.open_split(config.dataset, "train", config.normal_class, config.group_by)
     view = View(config.image_size, 3, max_megapixels=config.max_megapixels)
-    view = replace(view, levels=images.find_levels(normal, view))
+    view = replace(view, levels=loading.find_levels(normal, view))
     if view.levels is not None:
         black, white = view.levels
         print(f"more than 8 bits: black is {black:.6g} and white {white:.6g}, here and for every later picture")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from anogan import files, images, processes, runs
+from anogan import files, images, loading, processes, runs
 from util import InputError, anomaly_score, quoted
 
 PER_IMAGE = ("z", "residual", "discrimination", "class_name", "index", "source")  # arrays of latents-<split>.npz
@@ -46,7 +46,7 @@ class Latents:
         self.path = latents_path(gan.run_dir, split, search["discrimination"])
         self._gan, self._set, self._split, self._search = gan, image_set, split, search
         self._skip_unreadable = skip_unreadable
-        folder, rows = self.path.with_suffix(""), images.chunks(range(len(image_set)), shard_size)
+        folder, rows = self.path.with_suffix(""), loading.chunks(range(len(image_set)), shard_size)
         self._shards = {folder / f"{i:06d}.npz": part for i, part in enumerate(rows)}
         processes.check_agreement(gan=gan.fingerprint, settings=search, images=image_set.fingerprint())
         missing = self._missing_shards() if processes.rank() == 0 else None
@@ -67,9 +67,9 @@ class Latents:
         if not self._mine:
             return
         gan = self._gan
-        batches = {path: images.chunks(rows, batch_size) for path, rows in self._mine.items()}
+        batches = {path: loading.chunks(rows, batch_size) for path, rows in self._mine.items()}
         all_batches = list(chain(*batches.values()))
-        decoded = images.image_batches(self._set, all_batches, gan.view, self._skip_unreadable)
+        decoded = loading.image_batches(self._set, all_batches, gan.view, self._skip_unreadable)
         bar_format = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
         total = sum(map(len, all_batches))
         with processes.progress_bar(total, " images", desc=self._split, bar_format=bar_format) as self._bar:
@@ -83,6 +83,7 @@ class Latents:
                     done += len(rows)
                     self._bar.n = done  # whole images again, after fractions of a batch
                 self._write_shard(path)
+        next(decoded, None)  # at its end it says what was lost of the pictures
 
     def advance(self, count: float) -> None:
         """Move the progress bar on by so many images, or fractions of one."""
@@ -300,7 +301,7 @@ def drawn(
     Yields positions in the set (N,), x and G(z), each (N, C, H, W) in [-1, 1], on the device; without z, None for
     G(z). Raises InputError for an image that cannot be read, unless they are to be skipped.
     """
-    batches = images.chunks(range(len(image_set)), batch_size)
-    for pixels, rows in images.image_batches(image_set, batches, gan.view, skip_unreadable, quiet):
+    batches = loading.chunks(range(len(image_set)), batch_size)
+    for pixels, rows in loading.image_batches(image_set, batches, gan.view, skip_unreadable, quiet):
         x = images.to_model(pixels, gan.device).contiguous(memory_format=torch.channels_last)
         yield rows, x, None if z is None else gan.generator(torch.from_numpy(z[rows]).to(gan.device))

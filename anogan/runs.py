@@ -19,7 +19,7 @@ import torchvision
 from filelock import FileLock, Timeout
 from torch import nn
 
-from anogan import files, images, processes
+from anogan import files, images, loading, processes
 from anogan.decoding import View
 from network import Discriminator, Generator, fold_batchnorm
 from util import InputError, quoted
@@ -249,7 +249,7 @@ def training_files(gan: TrainedGAN) -> images.ImageSet:
 
 def load_training_images(image_set: images.ImageSet, view: View, skip_unreadable: bool, count: int = 1) -> torch.Tensor:
     """A set's images as uint8 (N, C, H, W) for `count` processes. Raises InputError if fewer can be read."""
-    pixels, _ = images.load_images(image_set, view, skip_unreadable)
+    pixels, _ = loading.load_images(image_set, view, skip_unreadable)
     if len(pixels) == 0:
         raise InputError(f"none of the {len(image_set)} training images can be read")
     if skipped := len(image_set) - len(pixels):

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import evaluate
 import fit_latent
 import util
-from anogan import files, images, latents, plots, runs
+from anogan import files, images, latents, loading, plots, runs
 from anogan.scores import Batch
 from benchmarks import measure
 from detectors import baselines, f_anogan
@@ -137,7 +137,7 @@ def scoring_seconds(
     """
     test = runs.open_split(gan, "test")
     test = test.take(images.stratified_subset(test.label, count, seed=0))
-    pixels, test = images.load_images(test, gan.view, skip_unreadable=True)
+    pixels, test = loading.load_images(test, gan.view, skip_unreadable=True)
     x, vectors = images.to_model(pixels, gan.device), baselines.to_vectors(pixels)
     x = x.contiguous(memory_format=torch.channels_last)
     seconds = {name: measure.timed(search_like(gan, search, x), gan.device)[0] for name, search in searches.items()}

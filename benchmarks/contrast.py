@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 import evaluate
 import util
-from anogan import images, plots, runs
+from anogan import images, loading, plots, runs
 from benchmarks import measure
 
 LABELS = {score.name: score.label for score in evaluate.SCORES}
@@ -42,7 +42,7 @@ def main(config: Config) -> None:
         )
     test = runs.open_split(gan, "test")
     test = test.take(np.isin(test.index, [int(row["index"]) for row in rows]))
-    pixels, _ = images.load_images(test, gan.view)
+    pixels, _ = loading.load_images(test, gan.view)
     x = images.to_model(pixels)
     contrast = (x - x.mean((1, 2, 3), keepdim=True)).abs().sum((1, 2, 3)).numpy()
     rng = np.random.default_rng(config.seed)

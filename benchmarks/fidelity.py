@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import fit_latent
 import util
-from anogan import files, images, runs
+from anogan import files, images, loading, runs
 from benchmarks import measure
 
 OURS = fit_latent.Config()
@@ -40,7 +40,7 @@ def main(config: Config) -> None:
     gan = runs.load_gan(run_dir, device)
     test = runs.open_split(gan, "test")
     test = test.take(images.stratified_subset(test.label, config.images, config.seed))
-    pixels, _ = images.load_images(test, gan.view)
+    pixels, _ = loading.load_images(test, gan.view)
     is_anomaly = test.class_name != gan.normal_class
     candidates = fit_latent.draw_candidates(gan.generator, gan.latent_dim, OURS.candidates, config.seed)
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import fit_latent
 import util
-from anogan import images, runs
+from anogan import images, loading, runs
 
 ROOT = Path(__file__).parents[1]
 RESULTS, DOCS = ROOT / "benchmarks/results", ROOT / "docs"  # where the benchmarks write
@@ -112,7 +112,7 @@ def peak_flop_rate(precision: str, device: torch.device) -> float:
 def validation_images(gan: runs.TrainedGAN, count: int) -> torch.Tensor:
     """The first `count` validation normals (N, C, H, W) in [-1, 1], in channels_last on the GAN's device."""
     validation = runs.open_split(gan, "validation").take(slice(count))
-    pixels, _ = images.load_images(validation, gan.view)
+    pixels, _ = loading.load_images(validation, gan.view)
     return images.to_model(pixels, gan.device).contiguous(memory_format=torch.channels_last)
 
 

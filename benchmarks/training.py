@@ -25,7 +25,7 @@ from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTen
 
 import train_gan
 import util
-from anogan import files, images, loop, plots
+from anogan import files, images, loading, loop, plots
 from anogan.decoding import View
 from benchmarks import measure
 from network import Discriminator, Generator, initialise_weights
@@ -125,7 +125,7 @@ def main(config: Config) -> None:
     """Let the loops take turns; print, write the JSON file, draw the curves."""
     device = util.pick_device(config.device)
     image_set = images.open_split(config.dataset, "train", config.normal_class)
-    pixels = images.load_images(image_set, View(config.image_size, 3))[0].to(device)
+    pixels = loading.load_images(image_set, View(config.image_size, 3))[0].to(device)
     if len(pixels) < config.batch_size:
         raise util.InputError(f"{len(pixels)} training images are less than a batch: lower --batch-size")
     about = {

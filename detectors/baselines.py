@@ -24,7 +24,7 @@ from sklearn.neighbors import KernelDensity
 from sklearn.svm import OneClassSVM
 
 import util
-from anogan import files, images, latents, runs
+from anogan import files, images, latents, loading, runs
 from anogan.scores import Batch, ImageSets, Score, Source
 
 COMMAND = "python -m detectors.baselines"
@@ -80,7 +80,7 @@ def fit_baseline(name: str, vectors: np.ndarray, config: Config) -> BaseEstimato
 def load_split(gan: runs.TrainedGAN, split: str, skip_unreadable: bool) -> tuple[np.ndarray, images.ImageSet]:
     """Vectors (N, D) of a split's images, and which they are. Raises InputError if none can be read."""
     image_set = runs.open_split(gan, split)
-    pixels, image_set = images.load_images(image_set, gan.view, skip_unreadable)
+    pixels, image_set = loading.load_images(image_set, gan.view, skip_unreadable)
     if len(image_set) == 0:
         raise util.InputError(f"the split {split} of {gan.dataset} holds no image that can be read")
     return to_vectors(pixels), image_set

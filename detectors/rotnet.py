@@ -24,7 +24,7 @@ from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, normalize, p
 from torch.optim import Adam
 
 import util
-from anogan import files, images, processes, runs
+from anogan import files, images, loading, processes, runs
 from anogan.loop import Loop, detector_training, prepare
 from anogan.scores import Score, Source
 from network import channel_multipliers, downward_ladder, initialise_weights
@@ -243,7 +243,7 @@ def remember(gan: runs.TrainedGAN) -> tuple[RotNet, NormalFeatures]:
     if kept is None:
         pixels = runs.images_of_gan(gan, skip_unreadable=True)
         rows = images.evenly_spaced(len(pixels), MEMORY)
-        parts = (pixels[rows[part]] for part in images.chunks(range(len(rows)), 256))
+        parts = (pixels[rows[part]] for part in loading.chunks(range(len(rows)), 256))
         normal = normal_features(trained.network, (images.to_model(part, gan.device) for part in parts))
         kept = {name: value.cpu().numpy() for name, value in vars(normal).items()}
         files.write_arrays(path, **kept, rotnet=trained.fingerprint)

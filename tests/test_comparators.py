@@ -18,7 +18,8 @@ import evaluate
 import util
 from anogan import latents, loop, runs
 from anogan.decoding import View
-from anogan.images import load_images, open_split, to_model
+from anogan.images import open_split, to_model
+from anogan.loading import load_images
 from benchmarks import comparators
 from detectors import acae, baselines, f_anogan
 from network import Discriminator, Encoder, Generator, initialise_weights

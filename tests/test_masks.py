@@ -12,7 +12,7 @@ import torch
 from conftest import TINY
 from PIL import ExifTags, Image, ImageFilter, ImageOps
 
-from anogan import heatmaps, images, masks, report, runs, verdicts
+from anogan import heatmaps, images, loading, masks, report, runs, verdicts
 from anogan.decoding import View
 from anogan.metrics import pixel_figures, pixel_metrics
 from util import InputError
@@ -259,7 +259,7 @@ def test_images_without_a_mask_are_left_out_and_counted(tmp_path: Path) -> None:
 
     def drawn(rows: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
         for batch in np.array_split(rows, 2):
-            x, _ = images.load_images(test.take(batch), View(48, 1))
+            x, _ = loading.load_images(test.take(batch), View(48, 1))
             yield batch, images.to_model(x), torch.full((len(batch), 1, 48, 48), 100 / 127.5 - 1)
 
     split = SimpleNamespace(

@@ -14,7 +14,8 @@ from test_util import draw
 
 from anogan import runs, verdicts
 from anogan.decoding import View
-from anogan.images import load_images, open_pictures, open_split
+from anogan.images import open_pictures, open_split
+from anogan.loading import load_images
 from examples import planted_defects
 from util import InputError
 

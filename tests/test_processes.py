@@ -21,7 +21,8 @@ import train_gan
 import util
 from anogan import loop, runs
 from anogan.decoding import View
-from anogan.images import load_images, open_split
+from anogan.images import open_split
+from anogan.loading import load_images
 from network import Discriminator, Generator, initialise_weights
 
 TRAIN = ["train_gan.py", "--dataset", "digits", "--checkpoint-every", "25", "--precision", "fp32", *TINY]

@@ -18,7 +18,8 @@ from torch import nn
 
 from anogan import loop, runs
 from anogan.decoding import View
-from anogan.images import load_images, open_split, to_model
+from anogan.images import open_split, to_model
+from anogan.loading import load_images
 from detectors import rotnet as method
 from detectors.rotnet import RotNet
 from network import initialise_weights

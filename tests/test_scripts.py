@@ -19,7 +19,8 @@ from sklearn.metrics import roc_auc_score
 
 from anogan import runs
 from anogan.decoding import View
-from anogan.images import load_images, open_split
+from anogan.images import open_split
+from anogan.loading import load_images
 from detectors import baselines
 
 RUN_FILES = {

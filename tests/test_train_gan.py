@@ -203,7 +203,9 @@ def test_learning_rate_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_same_seed_same_weights(digits_workdir: Path, run_here: Callable[..., None]) -> None:
-    run_here("train_gan.py", "--dataset", "digits", "--normal-class", "0", "--epochs", "3", "--generator-steps", "3", *TINY)
+    run_here(
+        "train_gan.py", "--dataset", "digits", "--normal-class", "0", "--epochs", "3", "--generator-steps", "3", *TINY
+    )
     again = runs.load_gan(Path("outputs/digits-0"), torch.device("cpu"))
     first = runs.load_gan(digits_workdir / "outputs/digits-0", torch.device("cpu"))
     for name in ("generator", "discriminator"):

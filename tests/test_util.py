@@ -13,7 +13,8 @@ from sklearn.datasets import load_digits
 import util
 from anogan import files, runs
 from anogan.decoding import View
-from anogan.images import ImageSet, class_label, load_images, open_dataset, open_split, to_display, to_model
+from anogan.images import ImageSet, class_label, open_dataset, open_split, to_display, to_model
+from anogan.loading import load_images
 from util import InputError
 
 
