@@ -17,9 +17,8 @@ ONE_PICTURE = ("MPO", "PSD")
 PHOTOMETRIC = 262  # TIFF; 0: the smallest level is white, which Pillow minds in files of 8 bits alone
 ORIENTATION = 0x0112  # EXIF
 SUBFILE_TYPE = 254  # TIFF; bit 0: a smaller copy of another page, bit 2: a transparency mask
-COLOUR = (
-    16  # a picture is in colour if its channels differ by more levels somewhere: JPEG makes grey ones differ by few
-)
+# Levels by which the channels of a picture in colour differ somewhere; JPEG makes those of a grey one differ by fewer
+COLOUR = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +66,7 @@ def page_numbers(path: Path) -> list[int]:
     try:
         with without_limit(), Image.open(path) as image:
             count = 1 if image.format in ONE_PICTURE else getattr(image, "n_frames", 1)
-            return [page for page in range(count) if count == 1 or not _is_copy(image, page)]
+            return [0] if count == 1 else [page for page in range(count) if not _is_copy(image, page)] or [0]
     except Exception:  # as above
         return [0]
 

@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from anogan import decoding, files, processes
-from util import InputError
+from util import InputError, printable, quoted
 
 # Folders that file managers, NAS boxes and archives leave behind, besides those with a leading dot
 LEFT_BEHIND = ("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found")
@@ -20,24 +20,24 @@ FLAT_CLASS = "good"  # what the class is called if pictures lie straight in trai
 
 
 def pictures_below(folder: str | Path) -> list[str]:
-    """The pictures in a folder, of any depth, in a fixed order, each with the folder's path in front.
+    """The pictures in a folder, of any depth, in a fixed order, each once, with the folder's path in front.
 
-    Hidden files and folders do not count, nor those of LEFT_BEHIND, and a link back to a folder is not followed. Says
-    once how many files of which ending are passed over.
+    Hidden files and folders do not count, nor those of LEFT_BEHIND. Links are followed, but not to what was listed
+    before. Says once how many files of which ending are passed over.
     """
     pictures, seen, others = [], set(), Counter()
     for here, inner, names in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(here))
-        inner[:] = [
-            name
-            for name in sorted(inner)
-            if not is_hidden(name) and os.path.realpath(os.path.join(here, name)) not in seen
-        ]
-        for name in sorted(names):
-            if is_picture(name):
-                pictures.append(os.path.join(here, name))
-            elif not is_hidden(name):
+        real = os.path.realpath(here)
+        inner[:] = [] if real in seen else sorted(name for name in inner if not is_hidden(name))
+        for name in sorted(names) if real not in seen else ():
+            path = os.path.join(here, name)
+            target = os.path.realpath(path) if os.path.islink(path) else os.path.join(real, name)
+            if is_picture(name) and target not in seen:
+                pictures.append(path)
+            elif not is_picture(name) and not is_hidden(name):
                 others[Path(name).suffix.lower()] += 1
+            seen.add(target)
+        seen.add(real)
     _say_passed_over(str(folder), tuple(sorted(others.items())))
     return pictures
 
@@ -47,7 +47,7 @@ def _say_passed_over(folder: str, count_by_ending: tuple[tuple[str, int], ...]) 
     """Once for each folder and process, though every script opens a folder several times."""
     if count_by_ending and processes.rank() == 0:
         kinds = ", ".join(f"{count} {ending or 'without an ending'}" for ending, count in count_by_ending)
-        print(f"passed over in {folder}: files that Pillow does not read ({kinds})")
+        print(f"passed over in {printable(folder)}: files that Pillow does not read ({kinds})")
 
 
 def is_hidden(name: str) -> bool:
@@ -89,8 +89,8 @@ def class_folders(root: Path, part: str) -> dict[str, Path]:
 def _say_in_no_class(folder: Path, count: int) -> None:
     if processes.rank() == 0:
         print(
-            f"passed over in {folder}: {count} pictures in no class folder. Sort them into {folder / FLAT_CLASS}/ and "
-            f"the like, or judge them with --images {folder}"
+            f"passed over in {printable(str(folder))}: {count} pictures in no class folder. Sort them into "
+            f"{FLAT_CLASS}/ and the like there, or judge them with --images {quoted(folder)}"
         )
 
 

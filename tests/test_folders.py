@@ -138,7 +138,11 @@ def test_links_back_to_a_folder_list_a_picture_once(tmp_path: Path) -> None:
     root = folder(tmp_path, {"train/good": 6, "test/good": 1})
     for name in ("again", "and-again"):
         (root / "train/good" / name).symlink_to(".")
-    assert len(open_dataset(str(root), "train")) == 6
+    folder(tmp_path / "store", {"more": 2})
+    for name in ("x", "y"):
+        (root / "train/good" / name).symlink_to(tmp_path / "store/more")
+    (root / "train/good/zz.png").symlink_to("00.png")
+    assert len(open_dataset(str(root), "train")) == len(open_pictures([str(root / "train")])) == 8
 
 
 def test_files_passed_over_are_counted_by_ending(tmp_path: Path, capsys: Captured) -> None:
