@@ -169,7 +169,7 @@ def main(config: Config) -> dict[str, dict[str, Any]]:
                 todo.add(rows, *search((gan.generator, gan.discriminator), x, z, config, after_step))
             latents = todo.merge()
             is_check = split == "validation" and config.discrimination == "features"
-            training = runs.training_files(gan) if is_check else None  # by every process, as a download must be
+            training = images.list_split(gan.dataset, "train", gan.normal_class, gan.group_by) if is_check else None
             if processes.rank() > 0:
                 continue
             if is_check and not (todo.was_complete and (run_dir / "reconstructions.png").exists()):

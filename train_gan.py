@@ -128,9 +128,6 @@ def main(config: Config) -> Path:
             parts |= {"optimizer_g": optimizers[0], "optimizer_d": optimizers[1]}
             about = {"dataset": config.dataset, "normal_class": normal_class, "image_channels": channels}
             about |= {"levels": view.levels, "max_megapixels": view.max_megapixels}
-            about |= {
-                "training_set": images.list_split(config.dataset, "train", normal_class, config.group_by).fingerprint()
-            }
             fixed_z = fixed_latents(config).to(device)  # the samples show these z from the first epoch to the last
             draw = partial(sample_grid, generator, lambda: generator(fixed_z))
             with Loop(training, parts, CURVES, draw, about) as loop:
@@ -162,7 +159,10 @@ def normal_images(config: Config) -> tuple[images.ImageSet, torch.Tensor, View]:
 
     C is 1 if every one of them is grey, else 3.
     """
-    normal = images.open_split(config.dataset, "train", config.normal_class, config.group_by)
+    which = config.normal_class, config.group_by
+    normal = images.open_split(config.dataset, "train", *which)
+    held_back = len(images.list_split(config.dataset, "validation", *which))
+    print(f"{len(normal)} images to train on, {held_back} for validation; verdicts at --alpha 0.05 need 19, at 0.01 99")
     view = View(config.image_size, 3, max_megapixels=config.max_megapixels)
     view = replace(view, levels=loading.find_levels(normal, view))
     if view.levels is not None:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -16,6 +17,7 @@ DICOM_ENDING = ".dcm"
 ONE_PICTURE = ("MPO", "PSD")
 PHOTOMETRIC = 262  # TIFF; 0: the smallest level is white, which Pillow minds in files of 8 bits alone
 ORIENTATION = 0x0112  # EXIF
+BITS_PER_SAMPLE, SAMPLE_FORMAT, SIGNED = 258, 339, 2  # TIFF
 SUBFILE_TYPE = 254  # TIFF; bit 0: a smaller copy of another page, bit 2: a transparency mask
 # Levels by which the channels of a picture in colour differ somewhere; JPEG makes those of a grey one differ by fewer
 COLOUR = 16
@@ -60,14 +62,14 @@ def page_numbers(path: Path) -> list[int]:
         pydicom = _pydicom(path)
         try:
             header = pydicom.dcmread(path, specific_tags=["NumberOfFrames"], stop_before_pixels=True)
-        except Exception:  # a damaged file can make a decoder raise anything; this one names it when it decodes
+            return list(range(int(header.get("NumberOfFrames") or 1)))
+        except Exception:  # a damaged file can make a decoder raise anything; `open_file` raises it again
             return [0]
-        return list(range(int(header.get("NumberOfFrames") or 1)))
     try:
         with without_limit(), Image.open(path) as image:
             count = 1 if image.format in ONE_PICTURE else getattr(image, "n_frames", 1)
-            return [0] if count == 1 else [page for page in range(count) if not _is_copy(image, page)] or [0]
-    except Exception:  # as above
+            return [page for page in range(count) if count == 1 or not _is_copy(image, page)] or list(range(count))
+    except Exception:  # as above; of a stack that is cut short, `open_file` reads the number of pages too
         return [0]
 
 
@@ -88,6 +90,9 @@ def open_file(path: Path, page: int = 0) -> Image.Image:
         return _open_dicom(path, page)
     with without_limit():
         image = Image.open(path)
+        pages = getattr(image, "n_frames", 1)  # raises where the file is cut short, though the first page can be read
+        if image.format == "GIF" and pages > 1 and not _ends_with(path, b";"):
+            raise ValueError("it is cut short: some of its pages are missing")
         if page:
             image.seek(page)
     # Without a name Pillow does not map the file into memory, where Pillow 13 scrambles a TIFF that is to be turned
@@ -103,6 +108,13 @@ def without_limit() -> Iterator[None]:
         yield
     finally:
         Image.MAX_IMAGE_PIXELS = before
+
+
+def _ends_with(path: Path, mark: bytes) -> bool:
+    """Whether a file ends with these bytes, and zeros at most after them."""
+    with path.open("rb") as file:
+        file.seek(-min(path.stat().st_size, 64), 2)
+        return file.read().rstrip(b"\0").endswith(mark)
 
 
 def _is_dicom(path: Path, start: bytes) -> bool:
@@ -131,15 +143,26 @@ def _open_dicom(path: Path, page: int) -> Image.Image:
             raise ValueError("a DICOM file in colour with more than 8 bits: convert it to 8")
         return Image.fromarray(values[..., :3])
     is_padding = values == data["PixelPaddingValue"].value if "PixelPaddingValue" in data else np.zeros(1, bool)
-    rescale = float(data.get("RescaleSlope") or 1), float(data.get("RescaleIntercept") or 0)
-    has_8_bits = values.dtype == np.uint8 and rescale == (1, 0) and "ModalityLUTSequence" not in data
+    units = _units(data, page)
+    rescale = float(units.get("RescaleSlope") or 1), float(units.get("RescaleIntercept") or 0)
+    is_plain = rescale == (1, 0) and "ModalityLUTSequence" not in units
+    has_8_bits = values.dtype == np.uint8 and data.BitsStored == 8 and is_plain
     if not has_8_bits:
-        values = pydicom.pixels.apply_modality_lut(values, data).astype(np.float32)
+        values = pydicom.pixels.apply_modality_lut(values, units).astype(np.float32)
     if data.PhotometricInterpretation == "MONOCHROME1":
         values = 255 - values if has_8_bits else -values
     if is_padding.any() and not is_padding.all():
         values[is_padding] = values[~is_padding].min()
     return Image.fromarray(values)
+
+
+def _units(data: Any, page: int) -> Any:
+    """The part of a DICOM data set that says how stored values become those of the modality: in files of several
+    frames it can be another one for each."""
+    groups = [data[name].value for name in ("PerFrameFunctionalGroupsSequence",) if name in data]
+    groups = [each[page] for each in groups] + list(data.get("SharedFunctionalGroupsSequence") or [])
+    own = [group.PixelValueTransformationSequence[0] for group in groups if "PixelValueTransformationSequence" in group]
+    return own[0] if own else data
 
 
 # ---- pixels ---------------------------------------------------------------------------------------------------------
@@ -150,18 +173,32 @@ def levels_of(image: Image.Image) -> np.ndarray | None:
 
     Raises ValueError if they cannot be compared: not finite, or partly transparent.
     """
-    raw_mode = _raw_mode(image)
+    raw_mode, tags = _raw_mode(image), getattr(image, "tag_v2", {})
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image).astype(np.float32)[..., None]
-    elif ";16" not in raw_mode:
-        return None
-    else:
+    elif ";16" in raw_mode:
         values = _both_bytes(image, raw_mode)
-    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0:
+    elif _is_cut_to_8_bits(image):
+        raise ValueError(f"more than 8 bits are not read from this kind of {image.format}: save it as PNG")
+    elif image.mode == "L" and tags.get(SAMPLE_FORMAT) == (SIGNED,):
+        values = np.asarray(image).view(np.int8).astype(np.float32)[..., None]
+    else:
+        return None
+    if tags.get(PHOTOMETRIC) == 0:
         values = (65535 if image.mode.startswith("I;16") else 0) - values
     if not np.isfinite(values).all():
         raise ValueError("some of its pixels are not finite numbers: write a level in their place")
     return values
+
+
+def _is_cut_to_8_bits(image: Image.Image) -> bool:
+    """Whether the file has more than 8 bits a channel, of which Pillow would silently keep 8."""
+    decoder, _, _, arguments = image.tile[0] if getattr(image, "tile", None) else ("", None, 0, ())
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(BITS_PER_SAMPLE, (8,))) > 8
+    if image.format == "PPM":
+        return isinstance(arguments, tuple) and max(each for each in arguments if isinstance(each, int)) > 255
+    return decoder == "SGI16"
 
 
 def _raw_mode(image: Image.Image) -> str:
@@ -192,11 +229,15 @@ def _with_raw_mode(tile: tuple, raw_mode: str) -> tuple:
 
 def upright(image: Image.Image) -> Image.Image:
     """A picture turned as its EXIF tag says; as it is if the tag cannot be read."""
+    return ImageOps.exif_transpose(image) if orientation(image) else image
+
+
+def orientation(image: Image.Image) -> int | None:
+    """How a picture is to be turned, 1 to 8 as the EXIF standard has it; None without a tag that can be read."""
     try:
-        image.getexif()
+        return image.getexif().get(ORIENTATION)
     except SyntaxError:  # what Pillow raises on a PNG or WebP with a broken EXIF block, whose pixels are sound
-        return image
-    return ImageOps.exif_transpose(image)
+        return None
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -206,26 +247,29 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
 
 
-def _check(image: Image.Image, has_8_bits: bool, view: View) -> None:
-    """Raise ValueError if a picture is too large, or has another depth than the training pictures."""
+def _check_size(image: Image.Image, view: View) -> None:
+    """Raise ValueError if a picture is too large, before its pixels are read."""
     megapixels = image.width * image.height / 1e6
     if megapixels > view.max_megapixels:
         raise ValueError(
             f"it has {megapixels:.0f} megapixels, more than {view.max_megapixels:g}: raise --max-megapixels if it is "
             "meant to be so large"
         )
+
+
+def _check_depth(has_8_bits: bool, view: View) -> None:
+    """Raise ValueError if a picture has another depth than the training pictures."""
     if has_8_bits and view.levels is not None:
         raise ValueError("it has 8 bits, and the training pictures have more: save it like those")
     if not has_8_bits and view.levels is None:
         raise ValueError("it has more than 8 bits, and the training pictures have 8: save it like those")
 
 
-def _upright_channels(image: Image.Image, levels: np.ndarray) -> list[Image.Image]:
+def upright_channels(image: Image.Image, levels: np.ndarray) -> list[Image.Image]:
     """The levels (H, W, C) of an image as C pictures of mode F, turned as its EXIF tag says."""
     channels = [Image.fromarray(channel) for channel in np.moveaxis(levels, 2, 0)]
-    with contextlib.suppress(SyntaxError):  # see `upright`
-        for channel in channels:
-            channel.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
+    for channel in channels:
+        channel.getexif()[ORIENTATION] = orientation(image) or 1
     return [ImageOps.exif_transpose(channel) for channel in channels]
 
 
@@ -251,8 +295,9 @@ def as_seen(image: Image.Image, view: View) -> Seen:
     Raises ValueError for a picture that they cannot see, and whatever Pillow raises on a damaged file.
     """
     with without_limit():  # a TIFF is checked again when its pixels are read
+        _check_size(image, view)
         levels = levels_of(image)
-        _check(image, levels is None, view)
+        _check_depth(levels is None, view)
         if levels is None:
             square = _square(_on_white(upright(image)).convert("L" if view.channels == 1 else "RGB"), view.size)
             pixels = np.asarray(square).reshape(view.size, view.size, view.channels).transpose(2, 0, 1)
@@ -270,7 +315,7 @@ def _square(image: Image.Image, size: int) -> Image.Image:
 
 def _squares(image: Image.Image, levels: np.ndarray, size: int) -> np.ndarray:
     """The levels (H, W, C) of an image as a network of this size sees them: float32 (C, size, size)."""
-    return np.stack([np.asarray(_square(channel, size)) for channel in _upright_channels(image, levels)])
+    return np.stack([np.asarray(_square(channel, size)) for channel in upright_channels(image, levels)])
 
 
 def _is_in_colour(image: Image.Image, size: int) -> bool:
@@ -285,11 +330,12 @@ def at_own_size(image: Image.Image, view: View) -> Image.Image:
     Raises as `as_seen` does.
     """
     with without_limit():
+        _check_size(image, view)
         levels = levels_of(image)
-        _check(image, levels is None, view)
+        _check_depth(levels is None, view)
         if levels is None:
             return _on_white(upright(image)).convert("RGB")
-    channels = np.stack([np.asarray(channel) for channel in _upright_channels(image, levels)])
+    channels = np.stack([np.asarray(channel) for channel in upright_channels(image, levels)])
     return Image.fromarray(np.moveaxis(_in_8_bits(_to_channels(channels, 3), view.levels), 0, 2).copy())
 
 
@@ -302,10 +348,10 @@ def spread(image: Image.Image, view: View) -> tuple[float, float] | None:
     Raises as `as_seen` does, but for the levels of the view, which are still to be found.
     """
     with without_limit():
+        _check_size(image, view)
         levels = levels_of(image)
         if levels is None:
             return None
-        _check(image, False, dataclasses.replace(view, levels=(0.0, 1.0)))
     return tuple(np.quantile(_squares(image, levels, view.size), [0.005, 0.995]).tolist())
 
 

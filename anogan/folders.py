@@ -26,7 +26,7 @@ def pictures_below(folder: str | Path) -> list[str]:
     before. Says once how many files of which ending are passed over.
     """
     pictures, seen, others = [], set(), Counter()
-    for here, inner, names in os.walk(folder, followlinks=True):
+    for here, inner, names in os.walk(folder, onerror=_refuse, followlinks=True):
         real = os.path.realpath(here)
         inner[:] = [] if real in seen else sorted(name for name in inner if not is_hidden(name))
         for name in sorted(names) if real not in seen else ():
@@ -42,12 +42,16 @@ def pictures_below(folder: str | Path) -> list[str]:
     return pictures
 
 
+def _refuse(error: OSError) -> None:
+    raise InputError(f"{error.filename} cannot be listed ({error.strerror}): allow it, or move the folder") from error
+
+
 @cache
 def _say_passed_over(folder: str, count_by_ending: tuple[tuple[str, int], ...]) -> None:
     """Once for each folder and process, though every script opens a folder several times."""
     if count_by_ending and processes.rank() == 0:
         kinds = ", ".join(f"{count} {ending or 'without an ending'}" for ending, count in count_by_ending)
-        print(f"passed over in {printable(folder)}: files that Pillow does not read ({kinds})")
+        print(f"passed over in {printable(folder)}: {kinds}, which Pillow does not read; convert what is a picture")
 
 
 def is_hidden(name: str) -> bool:
@@ -77,7 +81,11 @@ def class_folders(root: Path, part: str) -> dict[str, Path]:
             return {}
         entries = sorted((root / part).iterdir())
     found = {path.name: path for path in entries if path.is_dir() and not is_hidden(path.name)}
-    straight = sum(path.is_file() and is_picture(path) for path in entries)
+    files_here = [path for path in entries if not path.is_dir() and not is_hidden(path.name)]
+    straight = sum(map(is_picture, files_here))
+    if not found:
+        others = Counter(path.suffix.lower() for path in files_here if not is_picture(path))
+        _say_passed_over(str(root / part), tuple(sorted(others.items())))
     if straight and not found and part != "test":
         return {FLAT_CLASS: root / part}
     if straight:
@@ -139,7 +147,7 @@ def read_pages(paths: list[Path]) -> tuple[list[list[int]], list[bytes]]:
 
     bar = {"leave": False, "delay": 1, "disable": True if processes.rank() else None}
     with ThreadPoolExecutor(8) as pool, decoding.without_limit():
-        found = list(tqdm(pool.map(read, paths), "looking for changes", len(paths), **bar))
+        found = list(tqdm(pool.map(read, paths), "reading files", len(paths), **bar))
     return [pages for pages, _ in found], [content for _, content in found]
 
 

@@ -227,11 +227,19 @@ def class_label(classes: list[str], name: str) -> int:
     """
     if name in classes:
         return classes.index(name)
-    are_numbers = any(each.isdecimal() for each in classes)
+    are_numbers = any(map(_is_number, classes))
     if not are_numbers and name in map(str, range(len(classes))):
         return int(name)
     index = "" if are_numbers else ", or an index from 0"
     raise InputError(f"unknown class {name!r}: choose --normal-class from {', '.join(classes)}{index}")
+
+
+def _is_number(name: str) -> bool:
+    try:
+        float(name)
+    except ValueError:
+        return False
+    return True
 
 
 def default_class(dataset: str) -> str:
@@ -288,9 +296,10 @@ def list_split(dataset: str, split: str, normal_class: str, group_by: str | None
     elif split != "test":
         normal = listed.take(listed.label == label)
         if len(normal) < 5:
+            kind = "images" if dataset in EMBEDDED else "files"
             with_images = ", ".join(listed.classes[i] for i in np.unique(listed.label)) or "there are none"
             raise InputError(
-                f"class {listed.classes[label]!r} has {len(normal)} training images in {dataset} and needs 5 or more: "
+                f"class {listed.classes[label]!r} has {len(normal)} training {kind} in {dataset} and needs 5 or more: "
                 f"add some, or choose --normal-class from those with training images ({with_images})"
             )
         listed = _one_side(dataset, normal, split, group_by)
@@ -305,7 +314,7 @@ def _one_side(dataset: str, normal: ImageSet, split: str, group_by: str | None) 
         first = int(0.8 * len(normal))
         return normal.take(slice(first) if split == "train" else slice(first, None))
     validation = open_dataset(dataset, "validation")
-    if len(validation) > 0:
+    if (Path(dataset) / "validation").is_dir():
         if group_by is not None:
             raise InputError(f"--group-by has no use where {dataset}/validation says which pictures validate")
         validation = validation.take(validation.label == normal.label[0])

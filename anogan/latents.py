@@ -274,16 +274,20 @@ def check_same_search(gan: runs.TrainedGAN, search: dict[str, Any]) -> None:
 
 def fitted_images(image_set: images.ImageSet, split: str, latents: dict[str, Any]) -> images.ImageSet:
     """Those images of a set that these latents belong to. Raises InputError if the set has changed since."""
-    # from another working directory the same pictures have other sources
-    by = "index" if split == "images" else "source"
-    fitted = image_set.take(np.isin(getattr(image_set, by), latents[by]))  # both in the data set's order
-    for name, differs in (("source", "names"), ("index", "contents")):
-        if (name != "source" or split != "images") and not np.array_equal(getattr(fitted, name), latents[name]):
-            again = "--images with these pictures" if split == "images" else f"--splits {split}"
-            raise InputError(
-                f"the images of {image_set.name} are not those that latents-{split}.npz was fitted to (other "
-                f"{differs}): run {COMMAND} {again} again"
-            )
+    if split == "images":  # from another working directory the same pictures have other sources
+        fitted = image_set.take(np.isin(image_set.index, latents["index"]))
+        differs = "" if np.array_equal(fitted.index, latents["index"]) else "other pictures"
+        again = "--images with these pictures"
+    else:
+        fitted = image_set.take(np.isin(image_set.source, latents["source"]))  # both in the data set's order
+        differs = "" if np.array_equal(fitted.index, latents["index"]) else "other contents"
+        differs = differs if np.array_equal(fitted.source, latents["source"]) else "other names"
+        again = f"--splits {split}"
+    if differs:
+        raise InputError(
+            f"the images of {image_set.name} are not those that latents-{split}.npz was fitted to ({differs}): run "
+            f"{COMMAND} {again} again"
+        )
     return fitted
 
 

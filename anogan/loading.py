@@ -110,7 +110,7 @@ def _say_what_is_lost(
         tqdm.write(
             f"{len(outside)} of {count} pictures have pixels outside the levels {black:.6g} (black) to {white:.6g} "
             f"(white): {sum(outside.values()) / count:.2%} of all pixels, most in {printable(image_set.source[row])} "
-            f"({outside[row]:.1%})"
+            f"({outside[row]:.1%}). They are seen as black or white: check the exposure"
         )
 
 

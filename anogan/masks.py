@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -10,8 +11,9 @@ from PIL import ExifTags, Image, ImageOps
 from anogan import decoding, files, folders
 from util import InputError
 
+FEW_COLOURS = 32  # up to so many in a mask that is not grey are labels: the edge of a soft shape has more
 FEW_LEVELS = 4  # up to so many levels beside the background are labels; more are the soft edge of a shape
-DARK = 63  # nor are whole levels up to this one a soft edge: no shape is drawn that dark, but numbered defects are
+DARK = 127  # nor are whole levels up to this one a soft edge: no shape is drawn that dark, but numbered defects are
 NOISE = 1 / 16  # of the brightest level: so little can be what a JPEG left that was saved as PNG
 LARGEST_SHARE = 0.5  # of a picture that a mask may mark: beyond, it is more likely inverted
 
@@ -61,25 +63,20 @@ def open_mask(path: Path, source: str, picture: Image.Image, size: tuple[int, in
     picture, marks more than half of it, or fits it turned as well as not turned.
     """
     page = folders.split_page(source)[1]
+    pages = decoding.page_numbers(path)
+    if (page is None) != (len(pages) == 1) or (page or 1) > len(pages):
+        raise InputError(f"the mask {path} has {len(pages)} pages, not those of {source}: give it a page for each")
     try:
-        with decoding.open_file(path) as file:
-            pages = getattr(file, "n_frames", 1)
-            file.seek(min(page or 1, pages) - 1)
-            has_exif = ExifTags.Base.Orientation in file.getexif()
-            is_lossy = file.format in ("JPEG", "MPO")
-            levels = _levels(ImageOps.exif_transpose(file))
+        with decoding.open_file(path, pages[(page or 1) - 1]) as file:
+            has_exif = decoding.orientation(file) is not None
+            levels = _levels(file)
+            kind = _kind(file, levels)
     except Exception as error:  # a damaged file can make a decoder raise anything
         raise InputError(f"the mask {path} of {source} cannot be read ({error}): replace it, or remove it") from error
-    # a DICOM picture does not know how many frames its file has
-    expected = 1 if page is None else getattr(picture, "n_frames", max(pages, page))
-    if pages != expected:
-        raise InputError(
-            f"the mask {path} has {pages} pages and the picture {source} has {expected}: give it a page for each"
-        )
     name = f"{path} of {source}"
-    marked = _marked(levels, is_lossy, name)
+    marked = _marked(levels, kind, name)
     if not has_exif:
-        marked = _turned(marked, picture.getexif().get(ExifTags.Base.Orientation, 1), size, name)
+        marked = _turned(marked, decoding.orientation(picture), size, name)
     if marked.shape != size[::-1]:
         raise InputError(f"the mask {path} has another size than {source}: they must be the same")
     if marked.mean() > LARGEST_SHARE:
@@ -106,20 +103,31 @@ def _levels(mask: Image.Image) -> np.ndarray:
 
     Raises ValueError for levels that are no colours.
     """
-    if mask.mode[0] in "IF":  # 16 or 32 bits a pixel, which convert("RGB") would clip
-        levels = np.asarray(mask).astype(np.float32)[..., None]
-        if not ((levels >= 0) & (levels < np.inf)).all():
+    levels = decoding.levels_of(mask)  # with more than 8 bits
+    if levels is not None:
+        if levels.min() < 0:
             raise ValueError("its levels must be numbers from 0 up")
-        return levels
+        return np.stack([np.asarray(channel) for channel in decoding.upright_channels(mask, levels)], 2)
+    mask = decoding.upright(mask)
     if mask.has_transparency_data:
         opacity = np.asarray(mask.convert("RGBA"))[..., 3:]
-        if np.ptp(opacity):
+        if np.ptp(opacity) or not opacity.any():
             return opacity.astype(np.float32)
     colours = np.asarray(mask.convert("L" if mask.mode in ("1", "L", "LA") else "RGB"))
     return np.atleast_3d(colours).astype(np.float32)
 
 
-def _marked(levels: np.ndarray, is_lossy: bool, name: str) -> np.ndarray:
+def _kind(mask: Image.Image, levels: np.ndarray) -> Literal["labels", "soft"] | None:
+    """Whether a mask can only be labels (a palette, or few colours), or soft (a JPEG); None if its levels decide."""
+    if mask.format in ("JPEG", "MPO"):
+        return "soft"
+    if levels.shape[2] == 1 or (levels == levels[..., :1]).all():  # grey
+        return None
+    is_few = len(np.unique(levels.reshape(-1, 3), axis=0)) <= FEW_COLOURS
+    return "labels" if mask.mode == "P" or is_few else None
+
+
+def _marked(levels: np.ndarray, kind: Literal["labels", "soft"] | None, name: str) -> np.ndarray:
     """Which pixels of a mask (H, W, C) are no background, (H, W) bool.
 
     The background is black or, where a mask has several colours and no black, the commonest colour along its border.
@@ -136,7 +144,9 @@ def _marked(levels: np.ndarray, is_lossy: bool, name: str) -> np.ndarray:
     drawn = difference[difference > 0]
     brightest = drawn.max(initial=0)
     is_dark = brightest <= DARK and (drawn % 1 == 0).all()
-    if is_lossy or not (is_dark or len(np.unique(drawn)) <= FEW_LEVELS):
+    if kind == "labels":
+        return difference > 0
+    if kind == "soft" or not (is_dark or len(np.unique(drawn)) <= FEW_LEVELS):
         return (difference > 0) & (difference >= brightest / 2)
     if not is_dark and (drawn <= NOISE * brightest).any():
         raise InputError(
@@ -146,7 +156,7 @@ def _marked(levels: np.ndarray, is_lossy: bool, name: str) -> np.ndarray:
     return difference > 0
 
 
-def _turned(marked: np.ndarray, orientation: int, size: tuple[int, int], name: str) -> np.ndarray:
+def _turned(marked: np.ndarray, orientation: int | None, size: tuple[int, int], name: str) -> np.ndarray:
     """Marked pixels (H, W) as a picture with this EXIF orientation is shown, at `size`, (width, height).
 
     They are turned if they have the size of the picture as it is stored. Raises InputError if that is `size` too, so

@@ -306,13 +306,14 @@ def of_scores(test: ScoredSplit, verdict: Verdict, metrics: dict[str, dict]) -> 
     score_histograms(paths[1], by_label, test.is_anomaly, (label, verdict.threshold), title)
     per_class_auc(paths[2], test, metrics, verdict.score, title)
     ranked, score = test.ranked(verdict.score), test.scores[verdict.score]
+    count = min(16, (len(ranked) + 1) // 2)  # or a small set would show its images twice
     groups = {
         f"most {kind}": (
             images.to_display(test.real_and_generated(rows)[0]),
             [f"{shown(test.class_name[i], 16)}\n{score[i]:.4g}" for i in rows],
             test.is_anomaly[rows],
         )
-        for kind, rows in (("normal", ranked[::-1][:16]), ("anomalous", ranked[:16]))
+        for kind, rows in (("normal", ranked[::-1][:count]), ("anomalous", ranked[:count]))
     }
     ranking(paths[3], groups, f"{title}\n{label}")
     return paths

@@ -190,8 +190,8 @@ def pixel_sentences(found: dict) -> str:
     if of["without_mask"]:
         classes = ", ".join(f"{count} of {printable(name)}" for name, count in of["without_mask"].items())
         lines.append(
-            f"left out for lack of a mask: {classes}; that of test/bad/000.png is ground_truth/bad/000_mask.png, or "
-            "000.png, with any picture's ending"
+            f"left out for lack of a mask: {classes}; that of test/CLASS/000.png is ground_truth/CLASS/000_mask.png, "
+            "or 000.png, with any picture's ending"
         )
     if of["empty_masks"]:
         more = ", ..." if len(of["empty_masks"]) > 3 else ""
@@ -211,7 +211,7 @@ def print_without_test(gan: TrainedGAN, validation: ScoredSplit) -> None:
     print(
         f"{gan.dataset} has no test pictures, so nothing is measured; the scores of {len(validation.images)} "
         f"validation normals are in {gan.run_dir}\nnext: judge your own pictures: "
-        f"python {script} --run-dir {quoted(gan.run_dir)} --images PATH"
+        f"python {script} --run-dir {quoted(gan.run_dir)} --images PATH, and name the score of the verdict with --score"
     )
 
 

@@ -133,7 +133,6 @@ class TrainedGAN:
     ndf: int
     batch_size: int
     epoch: float  # how many epochs it was trained for
-    training_set: str  # fingerprint of the split it was trained on, by the names of the files
     training_images: str  # how many, and a checksum of the names and bytes of the files
     fingerprint: str  # SHA-256 of the file: what was made with it names it
 
@@ -162,7 +161,7 @@ def load_gan(
         names = ("group_by", "image_size", "latent_dim", "ngf", "ndf", "batch_size", "training_images")
         about = {
             **{name: config[name] for name in names},
-            **{name: state[name] for name in ("dataset", "normal_class", "epoch", "training_set", "levels")},
+            **{name: state[name] for name in ("dataset", "normal_class", "epoch", "levels")},
             "max_megapixels": max_megapixels or state["max_megapixels"],
             "image_channels": channels,
             "fingerprint": fingerprint,
@@ -222,29 +221,27 @@ def differing_settings(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 def open_split(gan: TrainedGAN, split: str) -> images.ImageSet:
     """A split of the data set that this GAN was trained on.
 
-    Raises InputError if the data set is not where it was, or has other training images, which would move pictures that
-    the GAN has seen into `validation`.
+    Raises InputError if the data set is not where it was, or for `train` and `validation` if it has other training
+    images, so that pictures that the GAN has seen may be among `validation`.
     """
-    if gan.dataset not in images.EMBEDDED and not Path(gan.dataset).is_dir():
-        raise InputError(
-            f"the data set of this run is not in {gan.dataset} any more: say where it is with --dataset DIR (pictures "
-            "without labels can be judged without it, see docs/own-pictures.md)"
-        )
-    if split != "test":
-        training_files(gan)
-    return images.open_split(gan.dataset, split, gan.normal_class, gan.group_by)
+    if not data_is_there(gan):
+        raise InputError(f"the data set of this run is not in {gan.dataset}: say where it is with --dataset DIR")
+    which = gan.normal_class, gan.group_by
+    opened = images.open_split(gan.dataset, split, *which)
+    if split in ("train", "validation"):
+        training = opened if split == "train" else images.open_split(gan.dataset, "train", *which)
+        if (found := training.checksum()) != gan.training_images:
+            raise InputError(
+                f"the training images of {gan.dataset} are not those of gan.pt ({found}, not {gan.training_images}; "
+                "some were added, removed, renamed or replaced): put those back, or train again with "
+                "train_gan.py --fresh"
+            )
+    return opened
 
 
-def training_files(gan: TrainedGAN) -> images.ImageSet:
-    """The files of the split that this GAN was trained on, see `images.list_split`. Raises InputError if their names
-    have changed since."""
-    listed = images.list_split(gan.dataset, "train", gan.normal_class, gan.group_by)
-    if listed.fingerprint() != gan.training_set:
-        raise InputError(
-            f"the training part of {gan.dataset} has other pictures than when gan.pt was trained, so that validation "
-            "would not be new to it: put them back, or train again with train_gan.py --fresh"
-        )
-    return listed
+def data_is_there(gan: TrainedGAN) -> bool:
+    """Whether the data set of a run is where it was, or where it was said to be; CIFAR-10 and digits need no folder."""
+    return gan.dataset in images.EMBEDDED or Path(gan.dataset).is_dir()
 
 
 def load_training_images(image_set: images.ImageSet, view: View, skip_unreadable: bool, count: int = 1) -> torch.Tensor:
@@ -254,6 +251,8 @@ def load_training_images(image_set: images.ImageSet, view: View, skip_unreadable
         raise InputError(f"none of the {len(image_set)} training images can be read")
     if skipped := len(image_set) - len(pixels):
         print(f"skipped {skipped} of {len(image_set)} images, which cannot be read")
+    if len(pixels) < min(5, len(image_set)):
+        raise InputError(f"{len(pixels)} of {len(image_set)} training images can be read, too few: replace the others")
     if len(pixels) < count:
         raise InputError(f"{len(pixels)} training images are too few for {count} processes: start fewer")
     return pixels
@@ -264,17 +263,7 @@ def images_of_gan(gan: TrainedGAN, skip_unreadable: bool = False, count: int = 1
 
     Raises InputError if they have changed since, or as `open_split` and `load_training_images` do.
     """
-    training = open_split(gan, "train")
-    _check_training_images(gan, training)
-    return load_training_images(training, gan.view, skip_unreadable, count)
-
-
-def _check_training_images(gan: TrainedGAN, training: images.ImageSet) -> None:
-    if (found := training.checksum()) != gan.training_images:
-        raise InputError(
-            f"the training images of {gan.dataset} are not those of gan.pt ({found}, not {gan.training_images}): "
-            "put those back, or start over with train_gan.py --fresh"
-        )
+    return load_training_images(open_split(gan, "train"), gan.view, skip_unreadable, count)
 
 
 def keep_place(run_dir: Path, dataset: str, training_images: str) -> None:
@@ -290,7 +279,7 @@ def _at_its_data(gan: TrainedGAN, dataset: str | None) -> TrainedGAN:
         is_ours = kept.get("training_images") == gan.training_images
         return dataclasses.replace(gan, dataset=kept["dataset"]) if is_ours else gan
     moved = dataclasses.replace(gan, dataset=images.whole_path(dataset))
-    _check_training_images(moved, open_split(moved, "train"))
+    open_split(moved, "train")  # raises if it is another one
     keep_place(gan.run_dir, moved.dataset, gan.training_images)
     return moved
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from anogan import files, heatmaps, images, latents, runs
-from util import InputError, anomaly_score, quoted
+from util import InputError, anomaly_score, printable, quoted
 
 NORMALS = "validation-scores.npz"
 ImageSets = dict[str, images.ImageSet]  # by split; `images` are pictures without labels
@@ -291,11 +291,25 @@ def scores_of_normals(gan: runs.TrainedGAN, declared: Sequence[Score], request: 
             print(f"{error}: scoring the validation images again")
         else:
             rests_on = json.loads(str(kept["rests_on"]))
-            if all(rests_on.get(score.name) == _rests_on(gan, score) for score in there):
+            is_current = all(rests_on.get(score.name) == _rests_on(gan, score) for score in there)
+            if is_current and _has_images(gan, kept["index"]):
                 return {score.name: kept[score.name] for score in there}
+    if not runs.data_is_there(gan):
+        raise InputError(
+            f"{gan.run_dir} does not keep the scores of its validation images, and its data set is not in "
+            f"{gan.dataset}: run evaluate.py where the data set is, or say where with --dataset DIR"
+        )
     scored = score_run(gan, {"validation": runs.open_split(gan, "validation")}, declared, request)["validation"]
     keep_normals(scored)
     return scored.scores
+
+
+def _has_images(gan: runs.TrainedGAN, index: np.ndarray) -> bool:
+    """Whether validation still has the images with these numbers; True where the data set is not there to tell, and for
+    those that never change. Raises InputError, see `runs.open_split`."""
+    if gan.dataset in images.EMBEDDED or not runs.data_is_there(gan):
+        return True
+    return bool(np.isin(index, runs.open_split(gan, "validation").index).all())
 
 
 def _rests_on(gan: runs.TrainedGAN, score: Score) -> str:
@@ -344,7 +358,10 @@ def _searched(image_set: images.ImageSet, split: str, fits: dict[str, Any]) -> i
     """`latents.fitted_images`, and how many are left out."""
     fitted = latents.fitted_images(image_set, split, fits)
     if split != "images" and len(fitted) < len(image_set):
-        print(f"{split}: {len(fitted)} of {len(image_set)} images were searched; the others are left out")
+        print(
+            f"{split}: {len(fitted)} of {len(image_set)} images were searched; the others are left out, such as "
+            f"{printable(min(set(image_set.source) - set(fitted.source)))}: fit_latent.py searches them"
+        )
     return fitted
 
 

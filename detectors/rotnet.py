@@ -232,19 +232,20 @@ def combined(parts: list[np.ndarray], of_validation: list[np.ndarray], weights: 
 
 
 @torch.no_grad()
-def remember(gan: runs.TrainedGAN) -> tuple[RotNet, NormalFeatures]:
+def remember(gan: runs.TrainedGAN, pixels: torch.Tensor | None = None) -> tuple[RotNet, NormalFeatures]:
     """RotNet, and what it makes of MEMORY training images, evenly spaced if there are more.
 
-    The run folder keeps it, so that the training images are needed once. Raises InputError if they have changed by
-    then, or as `load` does.
+    The run folder keeps it, so that the training images are needed once, uint8 `pixels` (N, C, H, W), which by default
+    are read. Raises InputError if they have changed by then, or as `load` does.
     """
     trained, path = load(gan), gan.run_dir / "rotnet-normals.npz"
     kept = _read_normals(path, trained.fingerprint)
     if kept is None:
-        pixels = runs.images_of_gan(gan, skip_unreadable=True)
+        pixels = runs.images_of_gan(gan, skip_unreadable=True) if pixels is None else pixels
         rows = images.evenly_spaced(len(pixels), MEMORY)
         parts = (pixels[rows[part]] for part in loading.chunks(range(len(rows)), 256))
-        normal = normal_features(trained.network, (images.to_model(part, gan.device) for part in parts))
+        with util.full_precision():
+            normal = normal_features(trained.network, (images.to_model(part, gan.device) for part in parts))
         kept = {name: value.cpu().numpy() for name, value in vars(normal).items()}
         files.write_arrays(path, **kept, rotnet=trained.fingerprint)
     return trained.network, NormalFeatures(**{name: torch.from_numpy(kept[name]).to(gan.device) for name in kept})
@@ -316,7 +317,7 @@ def main(config: Config) -> Path:
         with Loop(training, {"rotnet": rotnet, "optimizer": optimizer}, CURVES) as loop:
             train(loop, loop.share(rotnet), optimizer)
         if processes.rank() == 0:
-            remember(gan)
+            remember(gan, training.images)
         print(f"next: python evaluate.py --run-dir {util.quoted(gan.run_dir)}")
         return gan.run_dir
 

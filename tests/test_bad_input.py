@@ -64,7 +64,7 @@ def test_wrong_flags_of_training(tmp_path: Path, fails: Fails, flags: list[str],
     ("counts", "words"),
     [
         ({"test/good": 6}, "no folder 'train'"),
-        ({"train/good": 4, "test/good": 1}, "has 4 training images"),
+        ({"train/good": 4, "test/good": 1}, "has 4 training files"),
         ({"train/other": 6, "test/good": 1}, "with training images (other)"),
     ],
 )
@@ -244,7 +244,7 @@ def test_images_changed_since_the_search(
     assert "run fit_latent.py --splits test again" in fails("evaluate.py")
     (root / open_split("set", "train", "good").source[0]).unlink()
     message = fails("fit_latent.py", "--steps", "1", "--device", "cpu")
-    assert "has other pictures than when gan.pt was trained" in message
+    assert "are not those of gan.pt" in message and "some were added, removed, renamed or replaced" in message
 
 
 def test_images_to_search_that_cannot_be_read(tmp_path: Path, fails: Fails, run_here: Callable[..., None]) -> None:

@@ -156,6 +156,34 @@ def test_colour_tiff_with_16_bits_keeps_them(tmp_path: Path, options: dict) -> N
     assert np.array_equal(decoding.levels_of(open_one(tmp_path / "a.tif")), levels)
 
 
+def test_more_bits_than_pillow_keeps_are_refused(tmp_path: Path) -> None:
+    """16-bit colour in formats of which Pillow would keep the upper byte."""
+    levels = np.full((40, 40, 3), 1200, ">u2")
+    (tmp_path / "a.ppm").write_bytes(b"P6 40 40 65535\n" + levels.tobytes())
+    header = struct.pack(">HBBHHHH", 474, 0, 2, 3, 40, 40, 3)
+    (tmp_path / "a.sgi").write_bytes(header.ljust(512, b"\0") + levels.tobytes())
+    with pytest.raises(ValueError, match="more than 8 bits are not read from this kind of PPM: save it as PNG"):
+        decoding.levels_of(open_one(tmp_path / "a.ppm"))
+    with pytest.raises(ValueError, match="more than 8 bits are not read from this kind of SGI"):
+        decoding.levels_of(open_one(tmp_path / "a.sgi"))
+    Image.new("RGB", (40, 40), (9, 9, 9)).save(tmp_path / "b.ppm")
+    assert decoding.levels_of(open_one(tmp_path / "b.ppm")) is None
+
+
+def test_signed_8_bits_do_not_wrap_round(tmp_path: Path) -> None:
+    levels = np.arange(-20, 20, dtype=np.int8).repeat(40).reshape(40, 40)
+    Image.fromarray(levels.view(np.uint8)).save(tmp_path / "a.tif", tiffinfo={339: (2,)})
+    assert np.array_equal(decoding.levels_of(open_one(tmp_path / "a.tif"))[..., 0], levels)
+
+
+def test_size_is_checked_before_the_pixels_are_read(tmp_path: Path) -> None:
+    Image.new("L", (100, 50)).save(tmp_path / "a.png")
+    image = open_one(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="raise --max-megapixels"):
+        decoding.as_seen(image, View(32, 1, max_megapixels=0.004))
+    assert image._im is None
+
+
 def test_pictures_of_another_depth_are_refused(tmp_path: Path) -> None:
     Image.fromarray((scene(0) * 4095).astype(np.uint16)).save(tmp_path / "deep.png")
     Image.fromarray((scene(0) * 255).astype(np.uint8)).save(tmp_path / "plain.png")
@@ -259,6 +287,23 @@ def test_smaller_copies_and_previews_are_no_pages(tmp_path: Path) -> None:
     assert [Path(each).name for each in open_pictures([str(tmp_path)]).source] == ["preview.jpg", "pyramid.tif"]
 
 
+def test_pages_that_are_all_copies_are_pictures(tmp_path: Path) -> None:
+    pages = [Image.new("L", (40, 40), level) for level in (10, 20)]
+    for page in pages:
+        page.encoderinfo = {"tiffinfo": {254: 1}}
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:], tiffinfo={254: 1})
+    assert len(open_pictures([str(tmp_path)])) == 2
+
+
+@pytest.mark.parametrize("ending", [".tif", ".gif"])
+def test_a_stack_that_is_cut_short_is_named(tmp_path: Path, ending: str) -> None:
+    volume(tmp_path / f"a{ending}", 6)
+    content = (tmp_path / f"a{ending}").read_bytes()
+    (tmp_path / f"a{ending}").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=f"cannot read the image .*a{ending}"):
+        load_images(open_pictures([str(tmp_path)]), GREY)
+
+
 def test_a_name_may_hold_a_number_sign(tmp_path: Path) -> None:
     Image.new("L", (40, 40), 7).save(tmp_path / "part#3.png")
     pictures = open_pictures([str(tmp_path)])
@@ -312,6 +357,30 @@ def test_dicom_in_the_units_of_its_modality(tmp_path: Path) -> None:
     assert decoding.levels_of(open_one(path))[0, 0, 0] == stored[4:].min()
     path = dicom(tmp_path / "8.dcm", (scene(0) * 255).astype(np.uint8))
     assert decoding.levels_of(open_one(path)) is None and open_one(path).mode == "L"
+
+
+def test_dicom_of_few_bits_and_of_frames_with_units_of_their_own(tmp_path: Path) -> None:
+    pydicom = pytest.importorskip("pydicom")
+    six_bits = (scene(0) * 63).astype(np.uint8)
+    path = dicom(tmp_path / "6.dcm", six_bits, BitsStored=6, HighBit=5)
+    assert np.array_equal(decoding.levels_of(open_one(path))[..., 0], six_bits)
+    frames = []
+    for slope in (1, 10):
+        units = pydicom.Dataset()
+        units.RescaleSlope, units.RescaleIntercept = slope, -5
+        frames.append(pydicom.Dataset())
+        frames[-1].PixelValueTransformationSequence = [units]
+    path = dicom(tmp_path / "ct.dcm", np.full((2, 40, 40), 7, np.int16), PerFrameFunctionalGroupsSequence=frames)
+    assert [decoding.levels_of(open_one(path, page)).max() for page in (0, 1)] == [2, 65]
+
+
+def test_dicom_files_that_pydicom_cannot_read_are_faults(tmp_path: Path) -> None:
+    """All test files that pydicom has: each is read, or refused when it is decoded; listing them raises nothing."""
+    pydicom = pytest.importorskip("pydicom")
+    paths = sorted((Path(pydicom.__file__).parent / "data/test_files").glob("*.dcm"))
+    assert len(paths) > 20
+    for path in paths:
+        assert decoding.page_numbers(path)
 
 
 def test_dicom_frames_names_and_splits(tmp_path: Path) -> None:

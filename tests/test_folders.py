@@ -1,6 +1,7 @@
 """A person's folders: which pictures train and validate, what counts as a picture, replaced and moved data sets."""
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -15,8 +16,9 @@ from PIL import Image
 from test_pictures import read_verdicts
 from test_util import draw, folder
 
-from anogan import runs
+from anogan import folders, runs
 from anogan.images import class_label, default_class, open_dataset, open_pictures, open_split
+from detectors import rotnet
 from util import InputError
 
 CPU = ["--device", "cpu"]
@@ -145,6 +147,28 @@ def test_links_back_to_a_folder_list_a_picture_once(tmp_path: Path) -> None:
     assert len(open_dataset(str(root), "train")) == len(open_pictures([str(root / "train")])) == 8
 
 
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder(tmp_path / "set", {"train/good": 6, "train/good/locked": 2})
+    scandir = os.scandir
+
+    def refuse(path: object) -> object:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # the tests may run as root, who may list everything
+    with pytest.raises(InputError, match=r"locked cannot be listed \(Permission denied\)"):
+        folders.pictures_below(tmp_path / "set/train/good")
+
+
+def test_an_empty_validation_folder_is_no_hash_split(tmp_path: Path) -> None:
+    root = folder(tmp_path, {"train/good": 6})
+    (root / "validation").mkdir()
+    (root / "validation/a.heic").touch()
+    with pytest.raises(InputError, match="validation has no pictures of the normal class"):
+        sides(root)
+
+
 def test_files_passed_over_are_counted_by_ending(tmp_path: Path, capsys: Captured) -> None:
     root = folder(tmp_path, {"train/good": 6, "test/good": 1})
     for i in range(10):
@@ -154,13 +178,23 @@ def test_files_passed_over_are_counted_by_ending(tmp_path: Path, capsys: Capture
         open_dataset(str(root), "train")
     printed = capsys.readouterr().out
     assert printed.count(f"passed over in {root / 'train/good'}") == 1
-    assert "(1 without an ending, 10 .heic)" in printed
+    assert "1 without an ending, 10 .heic, which Pillow does not read" in printed
 
 
 def test_normal_class_is_a_name_or_where_none_is_a_number_an_index() -> None:
     numbers, words = ["1", "10", "2", "3"], ["airplane", "automobile", "bird"]
     assert class_label(numbers, "10") == 1 and class_label(words, "bird") == class_label(words, "2") == 2
-    for classes, name in ((numbers, "0"), (numbers, "01"), (numbers, ""), (words, ""), (words, "01"), (words, "3")):
+    shares = ["0.1", "0.5", "1.0"]
+    for classes, name in (
+        (shares, "1"),
+        (["-1", "-2"], "1"),
+        (numbers, "0"),
+        (numbers, "01"),
+        (numbers, ""),
+        (words, ""),
+        (words, "01"),
+        (words, "3"),
+    ):
         with pytest.raises(InputError, match=f"unknown class '{name}'"):
             class_label(classes, name)
 
@@ -236,10 +270,54 @@ def test_pictures_replaced_under_their_names_are_searched_again(
     assert capsys.readouterr().out.count("is complete") == 2
 
 
-def test_replaced_training_pictures_are_not_learnt_from(tmp_path: Path, run_dir: Path, fails: Fails) -> None:
+def test_replaced_training_pictures_are_refused(tmp_path: Path, run_dir: Path, fails: Fails) -> None:
+    """Under the names of others they could be among validation, too."""
     trained_on = sides(tmp_path / "set")[0][0]
     draw(tmp_path / "set" / trained_on, value=(99, 99, 99))
-    assert "are not those of gan.pt" in fails("detectors.rotnet", "--epochs", "1", *CPU)
+    for script in (["detectors.rotnet", "--epochs", "1", *CPU], FIT, EVALUATE):
+        assert "are not those of gan.pt" in fails(*script)
+
+
+def test_replaced_validation_pictures_give_no_verdict(
+    tmp_path: Path, run_dir: Path, run_here: Run, fails: Fails
+) -> None:
+    draw(tmp_path / "new/a.png")
+    run_here(*FIT, "--images", "new")
+    draw(tmp_path / "set" / sides(tmp_path / "set")[1][0], value=(99, 99, 99))
+    assert "latents-validation.npz was fitted to (other contents)" in fails("evaluate.py", "--images", "new", *CPU)
+
+
+def test_what_rotnet_remembers_is_of_that_rotnet(
+    tmp_path: Path, run_dir: Path, run_here: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training leaves it, from the images that it holds: no process opens the data set alone."""
+    draw(tmp_path / "new/a.png")
+    judge = ["evaluate.py", "--images", "new", "--score", "neighbours", *CPU]
+    found = []
+    for seed in ("0", "1"):
+        with monkeypatch.context() as patch:
+            patch.setattr(rotnet.runs, "load_training_images", counted := Counted(runs.load_training_images))
+            run_here("detectors.rotnet", "--epochs", "1", "--seed", seed, "--fresh", *CPU)
+        assert counted.calls == 1
+        run_here(*judge)
+        with np.load(run_dir / "rotnet-normals.npz") as kept, np.load(run_dir / "validation-scores.npz") as scores:
+            found.append((str(kept["rotnet"]), kept["directions"].sum(), scores["neighbours"].sum()))
+    assert all(one != other for one, other in zip(*found, strict=True))
+    (run_dir / "rotnet-normals.npz").write_bytes(b"damaged")
+    run_here(*judge)
+    with np.load(run_dir / "rotnet-normals.npz") as kept:
+        assert str(kept["rotnet"]) == found[1][0]
+
+
+class Counted:
+    """A function that counts its calls."""
+
+    def __init__(self, function: Callable) -> None:
+        self.function, self.calls = function, 0
+
+    def __call__(self, *arguments: object) -> object:
+        self.calls += 1
+        return self.function(*arguments)
 
 
 def test_a_new_defect_does_not_ask_for_another_training(
@@ -317,6 +395,10 @@ def test_a_moved_data_set_is_named_once(
     assert json.loads((run_dir / "dataset.json").read_text())["dataset"] == str(tmp_path / "moved")
     for script in (EVALUATE, ["detectors.rotnet", "--epochs", "1", *CPU]):
         run_here(*script)
+    place = json.loads((run_dir / "dataset.json").read_text())
+    (run_dir / "dataset.json").write_text(json.dumps(place | {"training_images": "of another training"}))
+    assert f"is not in {tmp_path / 'set'}:" in fails(*FIT)  # what gan.pt says
+    (run_dir / "dataset.json").write_text(json.dumps(place))
     capsys.readouterr()
     (tmp_path / "moved").rename(tmp_path / "set2")  # training, too, finds that all is done
     run_here("train_gan.py", "--dataset", "set2", "--run-dir", "outputs/set-good", *QUICK)

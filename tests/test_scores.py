@@ -240,3 +240,19 @@ def test_every_flag_has_help(script: str) -> None:
     for field in dataclasses.fields(config):
         line = next(line for line in inspect.getsource(config).splitlines() if line.startswith(f"    {field.name}:"))
         assert "  # " in line, f"--{field.name} of {script}.py"
+
+
+def test_scores_are_worked_out_in_full_precision(
+    trained: Path, run_here: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed = []
+
+    def note(*_: object) -> dict:
+        allowed.append(torch.backends.cudnn.allow_tf32)
+        return {}
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr("anogan.scores.score_run", note)
+    with pytest.raises(KeyError):  # there are no scores to go on with
+        run_here("evaluate.py", "--device", "cpu")
+    assert allowed == [False] and torch.backends.cudnn.allow_tf32
