@@ -12,8 +12,8 @@ Writes latents-<split>.npz to the run folder: z, residual and discrimination of 
 which shows how well G draws normal images that it has not seen. Stop it at any time: unfinished work is in
 latents-<split>/, and the same command searches only what is missing. Next: python evaluate.py
 
-Measured: `make demo` searches 478 digits (32x32, ngf 16, 100 steps) in 7 s on one thread of an AMD EPYC with
-AVX512-BF16; 39 s on one without AVX-512 and with other jobs.
+Measured: `make demo` searches 478 digits (32x32, ngf 16, 100 steps) in 23 s on one thread of an AMD EPYC without
+AVX-512, shared with other jobs.
 """
 
 import time

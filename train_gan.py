@@ -8,8 +8,8 @@
 Writes gan.pt, losses.csv, losses.png, samples.png, samples.gif and run.json to outputs/<data set>-<normal class>/.
 Stop it at any time: the same command continues from the last gan.pt, to the same weights. Next: python fit_latent.py
 
-Measured: `make demo` (630 steps on 108 digits, 32x32, ngf 16, seed 0) trains in 9 s on one thread of an AMD EPYC with
-AVX512-BF16; 66 s on one without AVX-512 and with other jobs.
+Measured: `make demo` (630 steps on 108 digits, 32x32, ngf 16, seed 0) trains in 32 s on one thread of an AMD EPYC
+without AVX-512, shared with other jobs.
 """
 
 from dataclasses import dataclass, replace
