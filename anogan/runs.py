@@ -278,6 +278,8 @@ def _at_its_data(gan: TrainedGAN, dataset: str | None) -> TrainedGAN:
         kept = files.read_json(gan.run_dir / "dataset.json")
         is_ours = kept.get("training_images") == gan.training_images
         return dataclasses.replace(gan, dataset=kept["dataset"]) if is_ours else gan
+    if dataset != gan.dataset and (dataset in images.EMBEDDED or gan.dataset in images.EMBEDDED):
+        raise InputError(f"--dataset {dataset} is not where the pictures of this run lie now: it is of {gan.dataset}")
     moved = dataclasses.replace(gan, dataset=images.whole_path(dataset))
     open_split(moved, "train")  # raises if it is another one
     keep_place(gan.run_dir, moved.dataset, gan.training_images)

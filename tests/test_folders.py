@@ -391,6 +391,7 @@ def test_a_moved_data_set_is_named_once(
     for path in (tmp_path / "other/train/good").iterdir():
         draw(path, value=(1, 2, 3))
     assert "are not those of gan.pt" in fails(*FIT, "--dataset", "other")
+    assert "--dataset digits is not where the pictures of this run lie now" in fails(*FIT, "--dataset", "digits")
     run_here(*FIT, "--dataset", "moved")
     assert json.loads((run_dir / "dataset.json").read_text())["dataset"] == str(tmp_path / "moved")
     for script in (EVALUATE, ["detectors.rotnet", "--epochs", "1", *CPU]):
