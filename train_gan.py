@@ -1,7 +1,7 @@
 """1. Learn what normal looks like: a DCGAN on the normal class only.
 
     python train_gan.py                                     # CIFAR-10, automobile is normal
-    python train_gan.py --dataset digits --image-size 32    # no download
+    python train_gan.py --dataset digits                    # no download
     python train_gan.py --dataset DIR --normal-class good   # your own pictures: DIR/train/good/, DIR/test/good/, ...
     torchrun --standalone --nproc-per-node=8 train_gan.py   # on eight GPUs
 
