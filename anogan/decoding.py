@@ -159,10 +159,12 @@ def _open_dicom(path: Path, page: int) -> Image.Image:
 def _units(data: Any, page: int) -> Any:
     """The part of a DICOM data set that says how stored values become those of the modality: in files of several
     frames it can be another one for each."""
-    groups = [data[name].value for name in ("PerFrameFunctionalGroupsSequence",) if name in data]
-    groups = [each[page] for each in groups] + list(data.get("SharedFunctionalGroupsSequence") or [])
-    own = [group.PixelValueTransformationSequence[0] for group in groups if "PixelValueTransformationSequence" in group]
-    return own[0] if own else data
+    of_frames = data.get("PerFrameFunctionalGroupsSequence")
+    of_frame = [of_frames[page]] if of_frames else []
+    for group in (*of_frame, *(data.get("SharedFunctionalGroupsSequence") or [])):
+        if "PixelValueTransformationSequence" in group:
+            return group.PixelValueTransformationSequence[0]
+    return data
 
 
 # ---- pixels ---------------------------------------------------------------------------------------------------------
@@ -267,10 +269,13 @@ def _check_depth(has_8_bits: bool, view: View) -> None:
 
 def upright_channels(image: Image.Image, levels: np.ndarray) -> list[Image.Image]:
     """The levels (H, W, C) of an image as C pictures of mode F, turned as its EXIF tag says."""
-    channels = [Image.fromarray(channel) for channel in np.moveaxis(levels, 2, 0)]
-    for channel in channels:
-        channel.getexif()[ORIENTATION] = orientation(image) or 1
-    return [ImageOps.exif_transpose(channel) for channel in channels]
+    return [turned(Image.fromarray(channel), orientation(image)) for channel in np.moveaxis(levels, 2, 0)]
+
+
+def turned(image: Image.Image, orientation: int | None) -> Image.Image:
+    """A picture without a tag of its own, turned as this `orientation` says; None: not at all."""
+    image.getexif()[ORIENTATION] = orientation or 1
+    return ImageOps.exif_transpose(image)
 
 
 def _to_channels(channels: np.ndarray, count: int) -> np.ndarray:

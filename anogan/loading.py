@@ -52,10 +52,8 @@ def find_levels(image_set: ImageSet, view: View) -> tuple[float, float] | None:
 
     None if the first picture that can be read has 8 bits: then all must have them.
     """
-    first = next(
-        (found for row in range(len(image_set)) if (found := _spreads(image_set, view, range(row, row + 1)))), []
-    )
-    if first in ([], [None]):
+    one_by_one = (_spreads(image_set, view, range(row, row + 1)) for row in range(len(image_set)))
+    if next(chain.from_iterable(one_by_one), None) is None:
         return None
     batches = chunks(range(len(image_set)), 64)
     found = tqdm(_in_workers(partial(_spreads, image_set, view), batches), "levels", len(batches), **_bar())

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
 from anogan import decoding, files, folders
 from util import InputError
@@ -93,7 +93,7 @@ def _by_stem(folder: Path) -> dict[str, list[Path]]:
     if folder.is_dir():
         with files.reading(folder):
             for path in sorted(folder.iterdir()):
-                if path.suffix.lower() in Image.registered_extensions():
+                if folders.is_picture(path):
                     found[path.stem].append(path)
     return found
 
@@ -172,6 +172,4 @@ def _turned(marked: np.ndarray, orientation: int | None, size: tuple[int, int], 
             f"the mask {name}: the picture is turned by its EXIF tag, and nothing tells whether the mask was drawn on "
             "it as it is shown: save the picture with its pixels turned, without the tag, and the mask to match"
         )
-    image = Image.fromarray(marked)
-    image.getexif()[ExifTags.Base.Orientation] = orientation
-    return np.asarray(ImageOps.exif_transpose(image))
+    return np.asarray(decoding.turned(Image.fromarray(marked), orientation))

@@ -270,11 +270,9 @@ def score_run(
 
 def keep_normals(validation: ScoredSplit) -> None:
     """Write the scores of the validation images to the run folder, which then judges pictures without the data set."""
-    gan = validation.gan
-    rests_on = {name: _rests_on(gan, score) for name, score in validation.declared.items()}
-    about = {"index": validation.images.index, "split": "validation", "gan": gan.fingerprint}
-    path = gan.run_dir / NORMALS
-    files.write_arrays(path, **validation.scores, **about, rests_on=json.dumps(rests_on))
+    gan, rests_on = validation.gan, json.dumps(fingerprints({"validation": validation}))
+    about = {"index": validation.images.index, "split": "validation", "gan": gan.fingerprint, "rests_on": rests_on}
+    files.write_arrays(gan.run_dir / NORMALS, **validation.scores, **about)
 
 
 def scores_of_normals(gan: runs.TrainedGAN, declared: Sequence[Score], request: Request) -> dict[str, np.ndarray]:
@@ -291,8 +289,9 @@ def scores_of_normals(gan: runs.TrainedGAN, declared: Sequence[Score], request: 
             print(f"{error}: scoring the validation images again")
         else:
             rests_on = json.loads(str(kept["rests_on"]))
-            is_current = all(rests_on.get(score.name) == _rests_on(gan, score) for score in there)
-            if is_current and _has_images(gan, kept["index"]):
+            names = {score.source.file.format(split="validation") for score in there}
+            is_current = all(rests_on.get(name) == files.fingerprint(gan.run_dir / name) for name in names)
+            if is_current and all(s.name in kept for s in there) and _has_images(gan, kept["index"]):
                 return {score.name: kept[score.name] for score in there}
     if not runs.data_is_there(gan):
         raise InputError(
@@ -310,11 +309,6 @@ def _has_images(gan: runs.TrainedGAN, index: np.ndarray) -> bool:
     if gan.dataset in images.EMBEDDED or not runs.data_is_there(gan):
         return True
     return bool(np.isin(index, runs.open_split(gan, "validation").index).all())
-
-
-def _rests_on(gan: runs.TrainedGAN, score: Score) -> str:
-    """SHA-256 of the file that a score of the validation images is worked out from."""
-    return files.fingerprint(gan.run_dir / score.source.file.format(split="validation"))
 
 
 def _load_sources(
