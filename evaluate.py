@@ -81,7 +81,7 @@ def check(config: Config) -> None:
     util.check_at_least(config, 1, "bootstrap", "batch_size", "max_megapixels")
     util.check_seed(config.seed)
     util.check_share(config, "alpha", "fdr")
-    names = [score.name for score in SCORES]
+    names = [score.name for score in scores.with_pools(SCORES)]
     if config.score is not None and config.score not in names:
         raise util.InputError(f"unknown score {config.score!r}: choose --score from {', '.join(names)}")
 
@@ -125,7 +125,7 @@ def evaluate_splits(gan: runs.TrainedGAN, config: Config) -> dict[str, Any]:
         "validation_images": len(validation.images),
         "test": verdicts.flag_metrics(verdict.flagged["test"], test.is_anomaly),
     }
-    if test.z is not None and masks.has_masks(gan.dataset):
+    if test.latents is not None and masks.has_masks(gan.dataset):
         try:
             measured["pixels"] = metrics.pixel_metrics(test, verdict.level)
         except util.InputError as error:  # main raises it again, when all else is written
@@ -135,7 +135,7 @@ def evaluate_splits(gan: runs.TrainedGAN, config: Config) -> dict[str, Any]:
 
     # Difference maps, and the other figures
     figures = plots.of_scores(test, verdict, measured["test"])
-    if test.z is not None:
+    if test.latents is not None:
         figures.append(plots.difference_maps(test, verdict))
     report.write_run(test, verdict, measured, figures)
     return measured
@@ -154,7 +154,7 @@ def judge_pictures(gan: runs.TrainedGAN, config: Config) -> dict[str, dict[str, 
     judged = scored["images"]
     folder = judge.write(judged, normals[score], verdict)
     judge.print_verdicts(judged, verdict, len(pictures) - len(judged.images))
-    maps = "" if judged.z is None else " heat/ marked/"
+    maps = "" if judged.latents is None else " heat/ marked/"
     print(f"\nwrote {folder}/: scores.csv report.html scores.png{maps}")
     print(f"next: open {folder / 'report.html'} in a browser")
     rows = zip(judged.scores[score], verdict.p_value["images"], verdict.flagged["images"], strict=True)

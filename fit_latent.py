@@ -24,20 +24,19 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import tyro
 from torch.nn.functional import adaptive_avg_pool2d
 from torch.optim import Adam
 
 import util
-from anogan import images, loading, plots, processes, runs
-from anogan.latents import Latents, check_same_search
+from anogan import images, processes, reconstruction, runs
+from anogan.latents import Latents, check_same_search, stride_of
 from detectors import f_anogan
 from network import Discriminator, Generator
 
 # What decides which z is found; latents of other settings are searched again
-SEARCH_SETTINGS = ("steps", "lr", "discrimination", "discrimination_weight", "candidates", "seed")
+SEARCH_SETTINGS = ("steps", "lr", "ball", "discrimination", "discrimination_weight", "candidates", "seed")
 
 
 @dataclass
@@ -46,15 +45,17 @@ class Config:
     dataset: str | None = None  # where the pictures of the run lie now, if they were moved
     splits: tuple[str, ...] = ("validation", "test")  # any of train, validation, test, train_anomalies
     images: tuple[str, ...] | None = None  # instead of splits: pictures without labels, folders or glob patterns
-    max_images: int | None = None  # take only so many images of a split, each class in its proportion
+    max_images: int | None = None  # take only so many pictures of a split, each class in its proportion
+    stride: int | None = None  # pixels from a patch to the next, for a GAN of patches; by default half their side
     steps: int = 100  # Adam steps for each image; fewer than 25 can end higher than they start
     lr: float = 0.4  # Adam's largest step size: up to it over the first fifth of the steps, down over the last
+    ball: bool = False  # keep z as near to 0 as drawn ones are: |z| <= sqrt(latent_dim)
     discrimination: Literal["features", "reference"] = "features"  # or reference: -log D(G(z)), Yeh et al. 2016
     discrimination_weight: float = 0.1  # lambda: the loss is (1 - lambda) residual + lambda discrimination
     init: Literal["candidates", "encoder"] = "candidates"  # where a search starts: the nearest candidate, or E(x)
     candidates: int = 4000  # generated images; a search starts at the nearest of them; 1: the same start for all
     batch_size: int | None = None  # images at once, by default 64 on a CPU and 512 on a GPU
-    shard_size: int = 1024  # images between two writes: what a crash can cost each process
+    shard_size: int = 1024  # images or patches between two writes: what a crash can cost each process
     seed: int = 0  # of the candidates and of the choice of --max-images
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda, cuda:1, cpu, ...
     precision: util.Precision = "auto"  # of the steps; auto: bf16 where the hardware has it natively
@@ -99,10 +100,21 @@ def search(
         with torch.autocast(x.device.type, torch.bfloat16, enabled=is_bf16):
             loss = util.anomaly_score(*losses(), config.discrimination_weight)  # (N,)
         util.take_step(optimizer, loss.sum())
+        if config.ball:
+            shorten(z, z.shape[1] ** 0.5)
         after_step()
     z = z.detach()
     with torch.no_grad(), util.full_precision():
         return z, *losses()
+
+
+@torch.no_grad()
+def shorten(z: torch.Tensor, longest: float) -> None:
+    """Bring each z (N, latent_dim) that is longer than `longest` to that length, in place.
+
+    A drawn z has a length of about sqrt(latent_dim): farther out lies what G was not trained to draw.
+    """
+    z *= (longest / z.norm(dim=1, keepdim=True)).clamp(max=1)
 
 
 @dataclass(frozen=True)
@@ -150,6 +162,7 @@ def main(config: Config) -> dict[str, dict[str, Any]]:
             f"device: {device}, {precision}   processes: {processes.count()}"
         )
         settings = {name: getattr(config, name) for name in SEARCH_SETTINGS} | {"precision": precision}
+        settings["stride"] = stride_of(gan, config.stride)
         encoder = f_anogan.load(gan) if config.init == "encoder" else None
         if encoder is not None:
             settings["encoder"] = encoder.fingerprint
@@ -158,27 +171,31 @@ def main(config: Config) -> dict[str, dict[str, Any]]:
         if config.images is not None:
             check_same_search(gan, settings)
 
+        todos = []
         for split in config.splits if config.images is None else ("images",):
             image_set = chosen_images(gan, split, config)
-            if image_set is None:
-                continue
-            todo = Latents(gan, image_set, split, settings, config.shard_size, config.skip_unreadable)
-            for rows, x in todo.missing_batches(config.batch_size or (512 if device.type == "cuda" else 64)):
+            if image_set is not None:
+                todos.append(Latents(gan, image_set, split, settings, config.shard_size, config.skip_unreadable))
+        missing = sum(todo.missing for todo in todos)
+        for todo in todos:
+            for patches, x in todo.missing_batches(config.batch_size or (512 if device.type == "cuda" else 64)):
                 z = nearest(x, candidates()) if encoder is None else encoder.network(x)
-                after_step = partial(todo.advance, len(rows) / config.steps)
-                todo.add(rows, *search((gan.generator, gan.discriminator), x, z, config, after_step))
+                since, after_step = time.monotonic(), partial(todo.advance, len(x) / config.steps)
+                todo.add(patches, *search((gan.generator, gan.discriminator), x, z, config, after_step))
+                if missing > len(x):
+                    processes.say_how_long(missing, len(x) / (time.monotonic() - since), gan.sees)
+                missing = 0  # it is said once
             latents = todo.merge()
-            is_check = split == "validation" and config.discrimination == "features"
-            training = images.list_split(gan.dataset, "train", gan.normal_class, gan.group_by) if is_check else None
             if processes.rank() > 0:
                 continue
-            if is_check and not (todo.was_complete and (run_dir / "reconstructions.png").exists()):
-                check_reconstruction(gan, training, image_set, latents)
-            by_split[split] = latents
+            by_split[todo.split] = latents
+            is_shown = todo.was_complete and (run_dir / "reconstructions.png").exists()
+            if todo.split == "validation" and config.discrimination == "features" and not is_shown:
+                reconstruction.check(gan, todo.image_set, latents)
             if not todo.was_complete:
                 loss = util.anomaly_score(latents["residual"], latents["discrimination"], config.discrimination_weight)
-                print(f"{split}: {len(loss)} images, mean loss {loss.mean():.1f}")
-                fitted[todo.path.name] = {"images": len(loss), "mean_loss": float(loss.mean())}
+                print(f"{todo.split}: {len(loss)} {gan.sees}, mean loss {loss.mean():.1f}")
+                fitted[todo.path.name] = {gan.sees: len(loss), "mean_loss": float(loss.mean())}
         if fitted:
             name = "fit_latent" if config.images is None else "fit_latent_images"
             name += "" if config.discrimination == "features" else f"_{config.discrimination}"
@@ -216,36 +233,6 @@ def chosen_images(gan: runs.TrainedGAN, split: str, config: Config) -> images.Im
     if len(image_set) == 0:
         raise util.InputError(f"the split {split} of {gan.dataset} holds no images: choose other --splits")
     return image_set
-
-
-def check_reconstruction(
-    gan: runs.TrainedGAN, training: images.ImageSet, validation: images.ImageSet, latents: dict[str, Any]
-) -> None:
-    """Say how well G draws normal images that it has not seen, and show 32 of them in reconstructions.png.
-
-    What G leaves of them is compared with what the median of the training images leaves, the best that one picture for
-    all can do.
-    """
-    rows = images.evenly_spaced(len(latents["z"]), 32)
-    unseen = validation.take(np.isin(validation.source, latents["source"][rows]))
-    x = images.to_model(loading.load_images(unseen, gan.view)[0], gan.device)  # (32, C, H, W)
-    some = training.take(images.evenly_spaced(len(training), 2000))
-    median = runs.load_training_images(some, gan.view, skip_unreadable=True).median(0, keepdim=True).values
-    by_median = util.residual_loss(x, images.to_model(median, gan.device))
-    # shares of the range from black to white, which is 2, a pixel
-    left, left_by_median = (float(sums.mean()) / x[0].numel() / 2 for sums in (latents["residual"][rows], by_median))
-    explained = 1 - left / left_by_median if left_by_median > 0 else 0.0
-    with torch.no_grad():
-        drawn = gan.generator(torch.from_numpy(latents["z"][rows]).to(gan.device))
-    path = gan.run_dir / "reconstructions.png"
-    grids = (plots.grid(images.to_display(each)) for each in (x, drawn))
-    plots.samples(path, *grids, f"{plots.shown(gan.run_dir.name)}: normal images that G has not seen")
-    print(
-        f"reconstruction check: G(z) leaves {left:.3f} of the range from black to white in {len(x)} validation "
-        f"normals, the median picture leaves {left_by_median:.3f}: G explains {explained:.0%}, see {path}"
-    )
-    if explained <= 0:
-        print("G is not good enough: one picture for all would explain more. See docs/own-pictures.md")
 
 
 def next_command(run_dir: Path, pictures: tuple[str, ...] | None) -> str:

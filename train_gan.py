@@ -15,6 +15,7 @@ without AVX-512, shared with other jobs.
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -22,7 +23,7 @@ from torch import nn
 from torch.optim import Adam
 
 import util
-from anogan import files, images, loading, processes, runs
+from anogan import files, images, loading, pictures, processes, runs
 from anogan.decoding import View
 from anogan.loop import FIXED_Z, Loop, Training, check_config, prepare, sample_grid, weight_settings
 from network import Discriminator, Generator, channel_multipliers, initialise_weights, keeping_statistics
@@ -38,7 +39,12 @@ class Config:
     dataset: str = "cifar10"  # cifar10, digits, or a folder with train/<class>/ and test/<class>/
     normal_class: str | None = None  # the class to call normal, name or index; by default 1, or the only one in train/
     group_by: str | None = None  # a regular expression: files in whose names it finds the same stay on one side
-    image_size: int = 32  # side in pixels, a power of two from 32 up; images are resized and cut to it
+    image_size: int = 32  # side in pixels of what the networks see, a power of two from 32 up
+    fit: Literal["crop", "stretch", "pad"] = "crop"  # a picture to a square: its middle, squeezed, or on black
+    # instead of whole pictures, patches of image_size: from pictures with a shorter side of so many pixels, or `own`
+    picture_size: int | Literal["own"] | None = None
+    normalise: Literal["patch"] | None = None  # patch: each image or patch to the same mean and contrast
+    augment: pictures.Augment | None = None  # for pictures without a direction: mirrored, or also turned, at random
     latent_dim: int = 128  # length of z
     ngf: int = 32  # width of the generator's last hidden layer
     ndf: int = 32  # width of the discriminator's first hidden layer
@@ -108,14 +114,16 @@ def main(config: Config) -> Path:
     device = util.pick_device(config.device)
     config = named(config)
     with processes.join(device):
-        normal, pixels, view = normal_images(config)
-        normal_class, channels = normal.classes[normal.label[0]], view.channels
+        normal = normal_images(config)
+        normal_class = normal.classes[normal.label[0]]
         run_dir = config.run_dir or Path("outputs") / f"{normal.name}-{normal_class}"
         files.make_folder(run_dir)
         with runs.run_folder(run_dir):
+            seen = see(normal, run_dir, config)
+            channels, levels = seen.view.channels, seen.view.levels
             precision = util.pick_precision(config.precision, device)
             settings = weight_settings(config, normal_class, precision, normal.checksum())
-            training = Training("train_gan.py", run_dir / "gan.pt", config, pixels.to(device), settings)
+            training = Training("train_gan.py", run_dir / "gan.pt", config, seen, device, settings)
 
             torch.manual_seed(config.seed)
             generator = Generator(config.image_size, channels, config.latent_dim, config.ngf).apply(initialise_weights)
@@ -127,7 +135,7 @@ def main(config: Config) -> Path:
             parts = {"generator": generator, "discriminator": discriminator}
             parts |= {"optimizer_g": optimizers[0], "optimizer_d": optimizers[1]}
             about = {"dataset": config.dataset, "normal_class": normal_class, "image_channels": channels}
-            about |= {"levels": view.levels, "max_megapixels": view.max_megapixels}
+            about |= {"levels": levels, "max_megapixels": config.max_megapixels}
             fixed_z = fixed_latents(config).to(device)  # the samples show these z from the first epoch to the last
             draw = partial(sample_grid, generator, lambda: generator(fixed_z))
             with Loop(training, parts, CURVES, draw, about) as loop:
@@ -142,6 +150,12 @@ def check(config: Config) -> None:
     """Raise InputError, naming the flag, if a value cannot be used."""
     check_config(config)
     util.check_at_least(config, 1, "latent_dim", "ngf", "ndf", "generator_steps", "max_megapixels")
+    if isinstance(config.picture_size, int) and config.picture_size < config.image_size:
+        raise util.InputError(
+            f"--picture-size {config.picture_size} is less than --image-size {config.image_size}, the side of a patch"
+        )
+    if config.picture_size is not None and config.fit != "crop":
+        raise util.InputError("--fit is for whole pictures: leave it out with --picture-size")
     try:
         channel_multipliers(config.image_size)
     except ValueError as error:
@@ -154,23 +168,26 @@ def named(config: Config) -> Config:
     return replace(config, dataset=images.whole_path(config.dataset), normal_class=normal_class)
 
 
-def normal_images(config: Config) -> tuple[images.ImageSet, torch.Tensor, View]:
-    """The training images of the normal class: which they are, their pixels, uint8 (N, C, H, W), and how they are seen.
-
-    C is 1 if every one of them is grey, else 3.
-    """
+def normal_images(config: Config) -> images.ImageSet:
+    """Which images of the normal class train."""
     which = config.normal_class, config.group_by
     normal = images.open_split(config.dataset, "train", *which)
     held_back = len(images.list_split(config.dataset, "validation", *which))
     print(f"{len(normal)} images to train on, {held_back} for validation; verdicts at --alpha 0.05 need 19, at 0.01 99")
-    view = View(config.image_size, 3, max_megapixels=config.max_megapixels)
+    return normal
+
+
+def see(normal: images.ImageSet, run_dir: Path, config: Config) -> pictures.Pictures:
+    """The training images as the networks see them: in grey if every one of them is grey."""
+    names = ("fit", "picture_size", "max_megapixels")
+    shape = {name: getattr(config, name) for name in names} | {"normalise": config.normalise is not None}
+    view = View(config.image_size, 3, **shape)
     view = replace(view, levels=loading.find_levels(normal, view))
     if view.levels is not None:
         black, white = view.levels
         print(f"more than 8 bits: black is {black:.6g} and white {white:.6g}, here and for every later picture")
-    pixels = runs.load_training_images(normal, view, config.skip_unreadable, processes.count())
-    is_grey = (pixels[:, :1] == pixels[:, 1:]).all()
-    return normal, *((pixels[:, :1].contiguous(), replace(view, channels=1)) if is_grey else (pixels, view))
+    seen = runs.load_training_images(normal, view, run_dir, config.skip_unreadable, find_channels=True)
+    return replace(seen, augment=config.augment)
 
 
 def fixed_latents(config: Config) -> torch.Tensor:

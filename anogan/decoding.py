@@ -4,11 +4,11 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
-from torchvision.transforms import CenterCrop, Compose, Resize
+from torchvision.transforms.functional import center_crop, resize
 
 from util import InputError
 
@@ -25,22 +25,62 @@ COLOUR = 16
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """How the networks see a picture: the square in its middle, with so many pixels and channels, in 8 bits."""
+    """How the networks see a picture: as a whole in one square, or in patches of it; in 8 bits."""
 
-    size: int  # side in pixels
+    size: int  # side in pixels of the square, or of a patch
     channels: int  # 1 for grey, 3 for RGB
     # what is black and what is white, for pictures with more than 8 bits; None if they have 8
     levels: tuple[float, float] | None = None
     max_megapixels: float = 179.0  # a larger picture is refused, since it may be a file made to fill the memory
+    # how a whole picture becomes a square: its middle, squeezed, or all of it with black on both sides
+    fit: Literal["crop", "stretch", "pad"] = "crop"
+    # shorter side in pixels of the picture that patches are cut from; "own": not resized; None: no patches
+    picture_size: int | Literal["own"] | None = None
+    normalise: bool = False  # whether each square or patch is brought to the same mean and contrast, see `to_model`
+
+    @property
+    def has_patches(self) -> bool:
+        """Whether a picture is seen in patches."""
+        return self.picture_size is not None
+
+    def seen_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The size that a picture of this (width, height), turned as its EXIF tag says, has before the networks.
+
+        With `pad` it is the picture without the black. Raises ValueError for a picture smaller than a patch.
+        """
+        if self.picture_size == "own":
+            if min(size) < self.size:
+                width, height = size
+                raise ValueError(
+                    f"it has {width}x{height} pixels, smaller than a patch of {self.size}x{self.size}: leave it out, "
+                    f"or train with --picture-size {self.size}, to which smaller pictures are enlarged"
+                )
+            return size
+        if not self.has_patches and self.fit != "pad":
+            return self.size, self.size
+        scale = self.size / max(size) if self.picture_size is None else self.picture_size / min(size)
+        width, height = (max(1, int(side * scale + 1e-6)) for side in size)
+        return width, height
+
+    def window(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """What the networks see of a picture of this (width, height): (left, top, right, bottom), the square in its
+        middle, or all of it."""
+        width, height = size
+        if self.has_patches or self.fit != "crop":
+            return 0, 0, width, height
+        side = min(size)
+        left, top = round((width - side) / 2), round((height - side) / 2)
+        return left, top, left + side, top + side
 
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
     """What the networks see of one picture."""
 
-    pixels: np.ndarray  # uint8 (C, size, size)
+    pixels: np.ndarray  # uint8 (C, height, width)
     outside: float  # share of these pixels that were blacker than black or whiter than white, 0 with 8 bits
     lost_colour: bool  # whether a picture in colour was made grey
+    enlarged: bool  # whether patches are cut from it at more than its own size
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -234,6 +274,11 @@ def upright(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image) if orientation(image) else image
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """The (width, height) of a picture once it is turned as its EXIF tag says."""
+    return image.size[::-1] if (orientation(image) or 1) >= 5 else image.size
+
+
 def orientation(image: Image.Image) -> int | None:
     """How a picture is to be turned, 1 to 8 as the EXIF standard has it; None without a tag that can be read."""
     try:
@@ -294,8 +339,8 @@ def _in_8_bits(channels: np.ndarray, levels: tuple[float, float]) -> np.ndarray:
 
 
 def as_seen(image: Image.Image, view: View) -> Seen:
-    """What the networks see of a picture: the shorter side resized to `view.size` (antialiased bilinear), then the
-    centre cut out; more than 8 bits are brought to 8 after that.
+    """What the networks see of a picture: resized (antialiased bilinear) and cut as the view says; more than 8 bits are
+    brought to 8 after that.
 
     Raises ValueError for a picture that they cannot see, and whatever Pillow raises on a damaged file.
     """
@@ -303,30 +348,35 @@ def as_seen(image: Image.Image, view: View) -> Seen:
         _check_size(image, view)
         levels = levels_of(image)
         _check_depth(levels is None, view)
+        enlarged = isinstance(view.picture_size, int) and min(image.size) < view.picture_size
         if levels is None:
-            square = _square(_on_white(upright(image)).convert("L" if view.channels == 1 else "RGB"), view.size)
-            pixels = np.asarray(square).reshape(view.size, view.size, view.channels).transpose(2, 0, 1)
-            return Seen(pixels, 0.0, view.channels == 1 and _is_in_colour(image, view.size))
-    squares = _squares(image, levels, view.size)
+            fitted = _fitted(_on_white(upright(image)).convert("L" if view.channels == 1 else "RGB"), view)
+            pixels = np.asarray(fitted).reshape(fitted.height, fitted.width, view.channels).transpose(2, 0, 1)
+            return Seen(pixels, 0.0, view.channels == 1 and _is_in_colour(image, view), enlarged)
+    seen = _seen_levels(image, levels, view)
     black, white = view.levels
-    outside = float(((squares < black) | (squares > white)).mean())
-    pixels = _in_8_bits(_to_channels(squares, view.channels), view.levels)
-    return Seen(pixels, outside, view.channels == 1 and len(squares) == 3)
+    outside = float(((seen < black) | (seen > white)).mean())
+    pixels = _in_8_bits(_to_channels(seen, view.channels), view.levels)
+    return Seen(pixels, outside, view.channels == 1 and len(seen) == 3, enlarged)
 
 
-def _square(image: Image.Image, size: int) -> Image.Image:
-    return Compose([Resize(size), CenterCrop(size)])(image)
+def _fitted(image: Image.Image, view: View) -> Image.Image:
+    """A picture, turned as its EXIF tag says, at the size that the networks see, and cut as they do."""
+    width, height = view.seen_size(image.size)
+    if view.has_patches or view.fit != "crop":
+        return image if (width, height) == image.size else resize(image, [height, width])
+    return center_crop(resize(image, [view.size]), [view.size])
 
 
-def _squares(image: Image.Image, levels: np.ndarray, size: int) -> np.ndarray:
-    """The levels (H, W, C) of an image as a network of this size sees them: float32 (C, size, size)."""
-    return np.stack([np.asarray(_square(channel, size)) for channel in upright_channels(image, levels)])
+def _seen_levels(image: Image.Image, levels: np.ndarray, view: View) -> np.ndarray:
+    """The levels (H, W, C) of an image as the networks see them: float32 (C, height, width)."""
+    return np.stack([np.asarray(_fitted(channel, view)) for channel in upright_channels(image, levels)])
 
 
-def _is_in_colour(image: Image.Image, size: int) -> bool:
+def _is_in_colour(image: Image.Image, view: View) -> bool:
     if image.mode in ("1", "L", "LA"):
         return False
-    return bool(np.ptp(np.asarray(_square(image.convert("RGB"), size)), 2).max() > COLOUR)
+    return bool(np.ptp(np.asarray(_fitted(image.convert("RGB"), view)), 2).max() > COLOUR)
 
 
 def at_own_size(image: Image.Image, view: View) -> Image.Image:
@@ -357,7 +407,7 @@ def spread(image: Image.Image, view: View) -> tuple[float, float] | None:
         levels = levels_of(image)
         if levels is None:
             return None
-    return tuple(np.quantile(_squares(image, levels, view.size), [0.005, 0.995]).tolist())
+    return tuple(np.quantile(_seen_levels(image, levels, view), [0.005, 0.995]).tolist())
 
 
 def black_and_white(spreads: np.ndarray) -> tuple[float, float]:

@@ -1,36 +1,43 @@
-"""Where a picture differs from what G drew for it: heat maps, at the network's size and at the picture's own."""
+"""Where a picture differs from what G drew for it: heat maps, as the networks see it and at the picture's own size."""
 
 import numpy as np
 import torch
 from matplotlib import colormaps
-from torch.nn.functional import interpolate
-from torchvision.transforms.functional import gaussian_blur
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from torch.nn.functional import adaptive_max_pool2d, interpolate
+
+from anogan.decoding import View
 
 
 def difference(x: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
-    """|x - G(z)| averaged over colours and smoothed: (N, C, H, H) twice, in [-1, 1], to (N, H, H) in [0, 1].
+    """|x - G(z)| averaged over colours: (N, C, H, H) twice, in [-1, 1], to (N, 1, H, H) in [0, 1].
 
-    1 is the whole range from black to white. The Gaussian has a standard deviation of 1/32 of the side: it keeps
-    a blot, and averages out the errors of single pixels.
+    1 is the whole range from black to white; of normalised images, 2 * `images.SPAN` standard deviations.
     """
-    sigma = x.shape[-1] / 32
-    size = 2 * int(np.ceil(3 * sigma)) + 1
-    return gaussian_blur((x - generated).abs().mean(1, keepdim=True) / 2, size, sigma)[:, 0]
+    return (x - generated).abs().mean(1, keepdim=True) / 2
 
 
-def window(size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """What the network sees of a picture of this (width, height), turned as its EXIF tag says: the square (left, top,
-    right, bottom) in its middle, as `images` cuts it out."""
-    width, height = size
-    side = min(size)
-    left, top = round((width - side) / 2), round((height - side) / 2)
-    return left, top, left + side, top + side
+def smoothed(of_picture: torch.Tensor, side: int) -> np.ndarray:
+    """The difference of a whole picture (height, width), seen in squares of this side, as a heat map of that shape.
+
+    The Gaussian has a standard deviation of 1/32 of the side: it keeps a blot, and averages out the errors of single
+    pixels.
+    """
+    return gaussian_filter(of_picture.numpy(), side / 32, mode="mirror", truncate=3)
 
 
-def at_own_size(heat: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
-    """A heat map (H, H) enlarged to a picture of this (width, height): (height, width), NaN where G has not looked."""
-    left, top, right, bottom = window(size)
-    enlarged = interpolate(heat[None, None].cpu(), (bottom - top, right - left), mode="bilinear", antialias=True)
+def at_own_size(heat: np.ndarray, size: tuple[int, int], view: View) -> np.ndarray:
+    """A heat map of what the networks see of a picture, at the picture's own size: (height, width), NaN where they have
+    not looked.
+
+    `size` is its (width, height), turned as its EXIF tag says.
+    """
+    left, top, right, bottom = view.window(size)
+    if heat.shape == size[::-1] and view.has_patches:
+        return heat
+    of_window = torch.from_numpy(heat)[None, None]
+    enlarged = interpolate(of_window, (bottom - top, right - left), mode="bilinear", antialias=True)
     whole = np.full((size[1], size[0]), np.nan, np.float32)
     whole[top:bottom, left:right] = enlarged[0, 0].numpy()
     return whole
@@ -56,14 +63,20 @@ def marked(picture: np.ndarray, heat: np.ndarray, level: float) -> np.ndarray:
 
 
 def to_rgb(x: torch.Tensor) -> np.ndarray:
-    """Images (N, 1 or 3, H, W) in [-1, 1] to uint8 (N, H, W, 3)."""
-    return (127.5 * (x.cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy() + 1)).round().astype(np.uint8)
+    """An image (1 or 3, H, W) in [-1, 1] to uint8 (H, W, 3)."""
+    return (127.5 * (x.cpu().expand(3, -1, -1).permute(1, 2, 0).numpy() + 1)).round().clip(0, 255).astype(np.uint8)
 
 
 def panels(
-    x: torch.Tensor, generated: torch.Tensor, heat: torch.Tensor, level: float, brightest: float
+    real: np.ndarray, generated: np.ndarray, heat: np.ndarray, level: float, brightest: float, longest: int
 ) -> list[np.ndarray]:
-    """Real, generated, heat map and marked: images (N, C, H, H) in [-1, 1] and heat (N, H, H) to four uint8
-    (N, H, H, 3)."""
-    real, drawn, heat = to_rgb(x), to_rgb(generated), heat.cpu().numpy()
-    return [real, drawn, coloured(heat, brightest), marked(real, heat, level)]
+    """Real, generated, heat map and marked of a picture uint8 (H, W, 3) and its heat (H, W): four uint8 (h, w, 3).
+
+    Where a side is longer than `longest` they are reduced to that. Of the heat the largest value of each place is kept,
+    so that a thin defect is still seen.
+    """
+    height, width = (max(1, round(side * min(1, longest / max(heat.shape)))) for side in heat.shape)
+    if (height, width) != heat.shape:
+        real, generated = (np.asarray(Image.fromarray(each).resize((width, height))) for each in (real, generated))
+        heat = adaptive_max_pool2d(torch.from_numpy(heat)[None], (height, width))[0].numpy()
+    return [real, generated, coloured(heat, brightest), marked(real, heat, level)]

@@ -20,6 +20,8 @@ from util import InputError
 
 EMBEDDED = ("cifar10", "digits")  # data sets that are no folder
 SPLITS = ("train", "validation", "test", "train_anomalies")
+SPAN = 4.0  # standard deviations of a normalised image on either side of its mean that are told apart
+FLOOR = 0.04  # the smallest standard deviation that an image is divided by: 5 of 255 levels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,9 +364,35 @@ def evenly_spaced(length: int, count: int) -> np.ndarray:
     return np.unique(np.linspace(0, length - 1, count).round().astype(np.int64))
 
 
-def to_model(images: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
-    """uint8 images in [0, 255] to float32 in [-1, 1], the range of G's tanh, on `device`."""
-    return images.to(device, non_blocking=True).float() / 127.5 - 1
+def to_model(images: torch.Tensor, device: torch.device | None = None, normalise: bool = False) -> torch.Tensor:
+    """uint8 images (N, C, H, W) to float32 in [-1, 1], the range of G's tanh, on `device`.
+
+    With `normalise` each image minus its mean, over its standard deviation, of all its pixels and colours together: -1
+    and 1 are SPAN deviations, and what lies beyond is cut off. A deviation counts as FLOOR at least, or the noise of an
+    even surface would fill the range.
+    """
+    if device is not None and device.type == "cuda":
+        images = images.pin_memory()  # so that the GPU need not be waited for
+    x = images.to(device, non_blocking=True).float() / 127.5 - 1
+    if not normalise:
+        return x
+    mean, deviation = _mean_and_deviation(x)
+    return ((x - mean) / (SPAN * deviation)).clamp(-1, 1)
+
+
+def to_levels(x: torch.Tensor, images: torch.Tensor, normalise: bool = False) -> torch.Tensor:
+    """Images (N, C, H, W) in the range of `to_model` to [-1, 1] from black to white, given the uint8 images that they
+    are drawn for."""
+    if not normalise:
+        return x
+    mean, deviation = _mean_and_deviation(images.to(x.device).float() / 127.5 - 1)
+    return (SPAN * deviation * x + mean).clamp(-1, 1)
+
+
+def _mean_and_deviation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each image (N, C, H, W), over all its pixels and colours: (N, 1, 1, 1) each."""
+    deviation, mean = torch.std_mean(x, (1, 2, 3), correction=0, keepdim=True)
+    return mean, deviation.clamp(min=FLOOR)
 
 
 def to_display(images: torch.Tensor) -> torch.Tensor:

@@ -47,7 +47,7 @@ def write(pictures: ScoredSplit, of_normals: np.ndarray, verdict: Verdict) -> Pa
         verdict,
     )
     report.write(partial / "report.html", page, report.strips(pictures, verdict))
-    if pictures.z is not None:
+    if pictures.latents is not None:
         mark_pictures(partial, pictures, verdict)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -79,19 +79,18 @@ def mark_pictures(folder: Path, pictures: ScoredSplit, verdict: Verdict) -> None
     source = [Path(os.path.abspath(each)) for each in pictures.images.source]
     top = os.path.commonpath([each.parent for each in source])
     with processes.progress_bar(len(source), " pictures", desc="marking", leave=False) as bar:
-        for rows, x, generated in pictures.drawn():
-            for row, heat in zip(rows, heatmaps.difference(x, generated), strict=True):
-                picture = pictures.images.picture(row, pictures.gan.view)
-                whole = heatmaps.at_own_size(heat, picture.size)
-                for kind, pixels in (
-                    ("heat", heatmaps.coloured(whole, verdict.brightest)),
-                    ("marked", heatmaps.marked(np.asarray(picture), whole, verdict.level)),
-                ):
-                    path = folder / kind / source[row].relative_to(top)
-                    files.make_folder(path.parent)
-                    with files.writing(path):
-                        Image.fromarray(pixels).save(path.with_name(f"{path.name}.png"), "PNG")
-                bar.update()
+        for row, heat in pictures.heats():
+            picture = pictures.images.picture(row, pictures.gan.view)
+            whole = heatmaps.at_own_size(heat, picture.size, pictures.gan.view)
+            for kind, pixels in (
+                ("heat", heatmaps.coloured(whole, verdict.brightest)),
+                ("marked", heatmaps.marked(np.asarray(picture), whole, verdict.level)),
+            ):
+                path = folder / kind / source[row].relative_to(top)
+                files.make_folder(path.parent)
+                with files.writing(path):
+                    Image.fromarray(pixels).save(path.with_name(f"{path.name}.png"), "PNG")
+            bar.update()
 
 
 def print_verdicts(pictures: ScoredSplit, verdict: Verdict, unsearched: int) -> None:
@@ -104,12 +103,12 @@ def print_verdicts(pictures: ScoredSplit, verdict: Verdict, unsearched: int) -> 
         print(f"{p_value[i]:8.3g}  {score[i]:13.5g}  {'yes' if flagged[i] else '':7}  {name}")
     if len(ranked) > 20:
         print(f"... and {len(ranked) - 20} less anomalous ones, in scores.csv")
-    if unsearched and pictures.z is None:
+    if unsearched and pictures.latents is None:
         print(f"\n{unsearched} more pictures there cannot be read")
     elif unsearched:
         print(
             f"\n{unsearched} more pictures there were not searched, new since then or unreadable: fit_latent.py does it"
         )
     print(f"\n{flagged.sum()} of {len(score)} pictures are flagged; {verdicts.meaning(verdict)}")
-    if pictures.z is not None and math.isinf(verdict.level):
+    if pictures.latents is not None and math.isinf(verdict.level):
         print(verdicts.too_few_to_mark(verdict.alpha, verdict.normals))

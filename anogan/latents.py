@@ -3,18 +3,21 @@
 import io
 import json
 import shutil
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from anogan import files, images, loading, processes, runs
+from anogan import files, images, loading, patches, processes, runs
 from util import InputError, anomaly_score, quoted
 
-PER_IMAGE = ("z", "residual", "discrimination", "class_name", "index", "source")  # arrays of latents-<split>.npz
+# Arrays of latents-<split>.npz: a row a picture, and a row a patch, of which a whole picture has one. `picture` is the
+# position of a patch's picture among the former; the patches of a picture lie together
+PER_PICTURE = ("class_name", "index", "source")
+PER_PATCH = ("z", "residual", "discrimination", "picture", "top", "left")
 COMMAND = "fit_latent.py"
 
 
@@ -24,10 +27,10 @@ def latents_path(run_dir: Path, split: str, discrimination: str = "features") ->
 
 
 class Latents:
-    """The latents of one set of images: those still to be searched, batch by batch, and one file of all at the end.
+    """The latents of one set of pictures: patches still to be searched, batch by batch, and one file of all at the end.
 
-    What is done lies in shards in a folder, each written when its last image was added. Every process takes its share
-    of the missing ones. Every process must make this object, and call `merge` when it is done.
+    What is done lies in shards of whole pictures in a folder, each written when its last patch was added. Every process
+    takes its share of the missing ones. Every process must make this object, and call `merge` when it is done.
     """
 
     def __init__(
@@ -44,9 +47,10 @@ class Latents:
         Raises InputError if the processes do not agree.
         """
         self.path = latents_path(gan.run_dir, split, search["discrimination"])
-        self._gan, self._set, self._split, self._search = gan, image_set, split, search
-        self._skip_unreadable = skip_unreadable
-        folder, rows = self.path.with_suffix(""), loading.chunks(range(len(image_set)), shard_size)
+        self.image_set, self.split = image_set, split
+        self._gan, self._search, self._skip_unreadable = gan, search, skip_unreadable
+        self._counts = self._patch_counts()
+        folder, rows = self.path.with_suffix(""), whole_pictures(self._counts, shard_size)
         self._shards = {folder / f"{i:06d}.npz": part for i, part in enumerate(rows)}
         processes.check_agreement(gan=gan.fingerprint, settings=search, images=image_set.fingerprint())
         missing = self._missing_shards() if processes.rank() == 0 else None
@@ -54,53 +58,67 @@ class Latents:
         self.was_complete = missing is None
         self._mine = dict(list((missing or {}).items())[processes.rank() :: processes.count()])
         self._unreadable: list[Path] = []  # shards of which no image can be read, and which are not written
-        self._found: list[tuple] = []  # of the shard that is being searched
+        self._found: list[dict[str, np.ndarray]] = []  # of the shard that is being searched
         self._loss_sum, self._searched = 0.0, 0
 
-    def missing_batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        """Positions in the set (N,) and images (N, C, H, W) in [-1, 1], on the device, of what is to be searched.
+    @property
+    def missing(self) -> int:
+        """How many patches this process has still to search."""
+        return sum(int(self._counts[rows.start : rows.stop].sum()) for rows in self._mine.values())
+
+    def _patch_counts(self) -> np.ndarray:
+        """How many patches each picture has (N,); 0 for one of which not even the size can be read."""
+        if not self._gan.view.has_patches:
+            return np.ones(len(self.image_set), np.int64)
+        sizes = loading.seen_sizes(self.image_set, self._gan.view)
+        return np.array([len(self._grid(size)) if size[0] else 0 for size in sizes.tolist()], np.int64)
+
+    def _grid(self, size: tuple[int, int]) -> patches.Corners:
+        return patches.grid(size, self._gan.image_size, self._search["stride"])
+
+    def missing_batches(self, batch_size: int) -> Iterator[tuple[patches.Patches, torch.Tensor]]:
+        """Patches that are to be searched, and what the networks see of them: (N, C, H, H) in [-1, 1], on the device.
 
         What was found must be handed to `add` before the next batch. No batch reaches over the end of a shard, so a
-        shard does not depend on which process did the others. Raises InputError for an image that cannot be read,
+        shard does not depend on which process did the others. Raises InputError for a picture that cannot be read,
         unless they are to be skipped; finished shards stay.
         """
         if not self._mine:
             return
-        gan = self._gan
-        batches = {path: loading.chunks(rows, batch_size) for path, rows in self._mine.items()}
-        all_batches = list(chain(*batches.values()))
-        decoded = loading.image_batches(self._set, all_batches, gan.view, self._skip_unreadable)
+        view, size = self._gan.view, 1 if self._gan.view.has_patches else batch_size
+        to_decode = {path: loading.chunks(rows, size) for path, rows in self._mine.items()}
+        in_order = list(chain(*to_decode.values()))
+        decoded = loading.image_batches(self.image_set, in_order, view, self._skip_unreadable)
         bar_format = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-        total = sum(map(len, all_batches))
-        with processes.progress_bar(total, " images", desc=self._split, bar_format=bar_format) as self._bar:
+        unit = " patches" if view.has_patches else " images"
+        with processes.progress_bar(self.missing, unit, desc=self.split, bar_format=bar_format) as self._bar:
             done = 0
-            for path in self._mine:
-                for rows in batches[path]:
-                    pixels, positions = next(decoded)
-                    if len(pixels) > 0:
-                        x = images.to_model(pixels, gan.device).contiguous(memory_format=torch.channels_last)
-                        yield positions, x
-                    done += len(rows)
-                    self._bar.n = done  # whole images again, after fractions of a batch
-                self._write_shard(path)
+            for path, rows in self._mine.items():
+                pictures = one_by_one(islice(decoded, len(to_decode[path])))
+                for some in patches.batches(pictures, lambda _, size: self._grid(size), view.size, batch_size):
+                    yield some, self._gan.to_model(some.pixels)
+                    done += len(some)
+                    self._bar.n = done  # whole patches again, after fractions of a batch
+                self._write_shard(path, rows)
         next(decoded, None)  # at its end it says what was lost of the pictures
 
     def advance(self, count: float) -> None:
         """Move the progress bar on by so many images, or fractions of one."""
         self._bar.update(count)
 
-    def add(self, rows: np.ndarray, z: torch.Tensor, residual: torch.Tensor, discrimination: torch.Tensor) -> None:
-        """Keep what was found for the images at these positions: z (N, latent_dim), residual and discrimination (N,).
+    def add(self, some: patches.Patches, z: torch.Tensor, residual: torch.Tensor, discrimination: torch.Tensor) -> None:
+        """Keep what was found for these patches: z (N, latent_dim), residual and discrimination (N,).
 
         Raises InputError if a number is not finite.
         """
-        found = (z.cpu(), residual.cpu(), discrimination.cpu())
-        if not all(values.isfinite().all() for values in found):
-            raise InputError(f"the search of {self._split} diverged or gan.pt did: lower --lr, or train again")
-        self._found.append((*found, torch.from_numpy(rows)))
+        found = {"z": z.cpu(), "residual": residual.cpu(), "discrimination": discrimination.cpu()}
+        if not all(values.isfinite().all() for values in found.values()):
+            raise InputError(f"the search of {self.split} diverged or gan.pt did: lower --lr, or train again")
+        arrays = {name: values.numpy() for name, values in found.items()}
+        self._found.append(arrays | {"row": some.row, "top": some.corners[:, 0], "left": some.corners[:, 1]})
         weight = self._search["discrimination_weight"]
         self._loss_sum += anomaly_score(residual, discrimination, weight).sum().item()
-        self._searched += len(rows)
+        self._searched += len(some)
         self._bar.set_postfix_str(f"mean loss {self._loss_sum / self._searched:.1f}", refresh=False)
 
     def merge(self) -> dict[str, Any] | None:
@@ -114,20 +132,19 @@ class Latents:
         if not self.was_complete:
             done = [shard for shard in self._shards if shard not in unreadable]
             if not done:
-                raise InputError(f"none of the {len(self._set)} images of the split {self._split} can be read")
-            parts = [read_latents(shard, self._split, self._gan) for shard in done]
-            self._write(self.path, {name: np.concatenate([part[name] for part in parts]) for name in PER_IMAGE})
+                raise InputError(f"none of the {len(self.image_set)} images of the split {self.split} can be read")
+            self._write(self.path, joined([read_latents(shard, self.split, self._gan) for shard in done]))
             shutil.rmtree(self.path.with_suffix(""))
-        latents = read_latents(self.path, self._split, self._gan)
-        if skipped := len(self._set) - len(latents["index"]):
-            print(f"skipped {skipped} of {len(self._set)} images, which cannot be read")
+        latents = read_latents(self.path, self.split, self._gan)
+        if skipped := len(self.image_set) - len(latents["index"]):
+            print(f"skipped {skipped} of {len(self.image_set)} images, which cannot be read")
         return latents
 
     def _missing_shards(self) -> dict[Path, range] | None:
         """The shards still to do, with a line for each that must be done again; None if the file is complete."""
         folder = self.path.with_suffix("")
         if self.path.exists():
-            reason = self._why_redo(self.path, self._set)
+            reason = self._why_redo(self.path, self.image_set)
             if reason is None:
                 if folder.exists():  # an earlier run was killed before it did this
                     shutil.rmtree(folder)
@@ -138,7 +155,7 @@ class Latents:
         missing = {}
         for shard, rows in self._shards.items():
             if shard.exists():
-                reason = self._why_redo(shard, self._set.take(rows))
+                reason = self._why_redo(shard, self.image_set.take(rows))
                 if reason is None:
                     continue
                 print(f"{reason}: searching it again")
@@ -146,13 +163,13 @@ class Latents:
             missing[shard] = rows
         if len(missing) < len(self._shards):
             done = len(self._shards) - len(missing)
-            print(f"{self._split}: {done} of {len(self._shards)} shards are done, going on with the others")
+            print(f"{self.split}: {done} of {len(self._shards)} shards are done, going on with the others")
         return missing
 
     def _why_redo(self, path: Path, image_set: images.ImageSet) -> str | None:
         """What keeps a file of latents from being that of these images and settings; None if nothing does."""
         try:
-            latents = read_latents(path, self._split, self._gan)
+            latents = read_latents(path, self.split, self._gan)
         except InputError as error:
             return str(error)
         if latents["search"] != self._search:
@@ -163,38 +180,107 @@ class Latents:
             return f"{path} lacks images that could not be read"
         return None
 
-    def _write_shard(self, path: Path) -> None:
+    def _write_shard(self, path: Path, rows: range) -> None:
         if not self._found:
             self._unreadable.append(path)
             return
-        z, residual, discrimination, rows = (torch.cat(part).numpy() for part in zip(*self._found, strict=True))
+        arrays = {name: np.concatenate([part[name] for part in self._found]) for name in self._found[0]}
         self._found = []
-        arrays = {"z": z, "residual": residual, "discrimination": discrimination}
-        arrays |= {name: getattr(self._set, name)[rows] for name in ("class_name", "index", "source")}
-        self._write(path, arrays, self._set.take(self._shards[path]))
+        pictures, arrays["picture"] = np.unique(arrays.pop("row"), return_inverse=True)  # those that could be read
+        arrays |= {name: getattr(self.image_set, name)[pictures] for name in PER_PICTURE}
+        self._write(path, arrays, self.image_set.take(rows))
 
     def _write(self, path: Path, arrays: dict[str, np.ndarray], asked_for: images.ImageSet | None = None) -> None:
         """A file that `read_latents` reads; `asked_for` are the images it was made for, unreadable ones included."""
         about = {
-            "split": self._split,
+            "split": self.split,
             "gan": self._gan.fingerprint,
             "search": json.dumps(self._search),
-            "asked_for": (self._set if asked_for is None else asked_for).fingerprint(),
+            "asked_for": (self.image_set if asked_for is None else asked_for).fingerprint(),
         }
         files.write_arrays(path, **arrays, **about)
+
+
+def stride_of(gan: runs.TrainedGAN, stride: int | None) -> int | None:
+    """How far apart the patches of a picture are, by default half their side; None for a GAN of whole pictures.
+
+    Raises InputError if some pixels would lie in no patch, or there are no patches.
+    """
+    if not gan.view.has_patches:
+        if stride is not None:
+            raise InputError("--stride is for a GAN of patches (train_gan.py --picture-size): leave it out")
+        return None
+    stride = patches.default_stride(gan.image_size) if stride is None else stride
+    if not 1 <= stride <= gan.image_size:
+        raise InputError(f"--stride must lie between 1 and the side of a patch, {gan.image_size}, not {stride}")
+    return stride
+
+
+def whole_pictures(counts: np.ndarray, shard_size: int) -> list[range]:
+    """Pictures with so many patches each (N,) in consecutive ranges of at least `shard_size` patches, but the last."""
+    before = np.append(0, np.cumsum(counts))
+    ranges, first = [], 0
+    while first < len(counts):
+        last = min(max(int(np.searchsorted(before, before[first] + shard_size)), first + 1), len(counts))
+        ranges.append(range(first, last))
+        first = last
+    return ranges
+
+
+def one_by_one(decoded: Iterable[tuple[list[np.ndarray], np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
+    """What `loading.image_batches` yields, picture by picture: its position, and uint8 (C, height, width)."""
+    for pictures, rows in decoded:
+        yield from zip(rows.tolist(), pictures, strict=True)
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
+def joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The latents of several sets of pictures as those of one."""
+    before = np.cumsum([0, *(len(part["index"]) for part in parts)])
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in (*PER_PICTURE, *PER_PATCH)}
+    arrays["picture"] = np.concatenate([part["picture"] + at for part, at in zip(parts, before, strict=False)])
+    return arrays
+
+
+def first_patches(latents: dict[str, Any]) -> np.ndarray:
+    """(N + 1,) where the patches of each picture begin, and where the last one's end."""
+    return np.searchsorted(latents["picture"], np.arange(len(latents["index"]) + 1))
+
+
+def taken(latents: dict[str, Any], rows: np.ndarray) -> dict[str, Any]:
+    """The latents of the pictures at these positions (M,), in that order."""
+    first = first_patches(latents)
+    counts = np.diff(first)[rows]
+    which = np.concatenate([np.empty(0, np.int64), *(np.arange(first[row], first[row + 1]) for row in rows)])
+    found = latents | {name: latents[name][which.astype(np.int64)] for name in PER_PATCH}
+    found |= {name: latents[name][rows] for name in PER_PICTURE}
+    return found | {"picture": np.repeat(np.arange(len(rows)), counts)}
+
+
+def of_patches(latents: dict[str, Any], rows: np.ndarray) -> dict[str, Any]:
+    """The latents of some patches alone (M,), in ascending order, and of their pictures."""
+    pictures, picture = np.unique(latents["picture"][rows], return_inverse=True)
+    found = latents | {name: latents[name][rows] for name in PER_PATCH}
+    return found | {name: latents[name][pictures] for name in PER_PICTURE} | {"picture": picture}
+
+
 def read_latents(path: Path, split: str, gan: runs.TrainedGAN) -> dict[str, Any]:
-    """Read and check a file of latents: what PER_IMAGE names, a row an image, `search`, a dict, and `asked_for`.
+    """Read and check a file of latents: what PER_PICTURE and PER_PATCH name, `search`, a dict, and `asked_for`.
 
     Raises InputError, see `read_arrays`.
     """
-    shapes = {name: (gan.latent_dim,) if name == "z" else () for name in PER_IMAGE}
-    latents = read_arrays(path, COMMAND, split, gan, shapes)
+    latents = read_arrays(path, COMMAND, split, gan, dict.fromkeys(PER_PICTURE, ()))
     try:
+        shapes = [latents[name].shape[1:] for name in PER_PATCH]
+        pictures, lengths = latents["picture"], {len(latents[name]) for name in PER_PATCH}
+        if shapes != [(gan.latent_dim,), *[()] * (len(PER_PATCH) - 1)] or len(lengths) > 1:
+            raise ValueError("arrays of the wrong shape")
+        if not all(np.isfinite(latents[name]).all() for name in PER_PATCH):
+            raise ValueError("numbers that are not finite")
+        if not np.array_equal(np.unique(pictures), np.arange(len(latents["index"]))) or (np.diff(pictures) < 0).any():
+            raise ValueError("pictures without patches")
         latents["search"], latents["asked_for"] = json.loads(str(latents["search"])), str(latents["asked_for"])
         str(latents["search"]["discrimination"]), float(latents["search"]["discrimination_weight"])  # evaluate.py's
     except (KeyError, TypeError, ValueError) as error:
@@ -295,17 +381,29 @@ def fitted_images(image_set: images.ImageSet, split: str, latents: dict[str, Any
 def drawn(
     gan: runs.TrainedGAN,
     image_set: images.ImageSet,
-    z: np.ndarray | None,
+    latents: dict[str, Any] | None,
     batch_size: int,
     skip_unreadable: bool = False,
     quiet: bool = True,
-) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor | None]]:
-    """A set's images with what G draws from their z (M, latent_dim), batch by batch.
+) -> Iterator[tuple[patches.Patches, torch.Tensor, torch.Tensor | None]]:
+    """A set's patches with what G draws from their latents, batch by batch.
 
-    Yields positions in the set (N,), x and G(z), each (N, C, H, W) in [-1, 1], on the device; without z, None for
-    G(z). Raises InputError for an image that cannot be read, unless they are to be skipped.
+    Yields the patches, x and G(z), each (N, C, H, H) in [-1, 1], on the device; without latents, None for G(z), and
+    patches in the grid of the default stride. Raises InputError for a picture that cannot be read, unless they are to
+    be skipped.
     """
-    batches = loading.chunks(range(len(image_set)), batch_size)
-    for pixels, rows in loading.image_batches(image_set, batches, gan.view, skip_unreadable, quiet):
-        x = images.to_model(pixels, gan.device).contiguous(memory_format=torch.channels_last)
-        yield rows, x, None if z is None else gan.generator(torch.from_numpy(z[rows]).to(gan.device))
+    side = gan.image_size
+    first = None if latents is None else first_patches(latents)
+
+    def corners_of(row: int, size: tuple[int, int]) -> patches.Corners:
+        if latents is None:
+            return patches.grid(size, side, patches.default_stride(side))
+        return np.stack([latents[name][first[row] : first[row + 1]] for name in ("top", "left")], 1)
+
+    batches = loading.decode_batches(len(image_set), gan.view)
+    decoded = loading.image_batches(image_set, batches, gan.view, skip_unreadable, quiet)
+    for some in patches.batches(one_by_one(decoded), corners_of, side, batch_size):
+        generated = None
+        if latents is not None:
+            generated = gan.generator(torch.from_numpy(latents["z"][first[some.row] + some.number]).to(gan.device))
+        yield some, gan.to_model(some.pixels), generated

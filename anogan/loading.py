@@ -1,11 +1,12 @@
 """The pixels of a set of images, batch by batch from worker processes, as a network sees them."""
 
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -22,24 +23,28 @@ from util import InputError, printable
 
 
 def load_images(image_set: ImageSet, view: View, skip_unreadable: bool = False) -> tuple[torch.Tensor, ImageSet]:
-    """Decode a whole set to uint8 (N, C, size, size); also returns the set of those N images.
+    """Decode a set of whole pictures to uint8 (N, C, size, size); also returns the set of those N images.
 
     See `image_batches`, which holds no more than a few batches.
     """
-    batches = chunks(range(len(image_set)), 64)
-    decoded = image_batches(image_set, batches, view, skip_unreadable, quiet=processes.rank() > 0)
-    pixels = torch.empty(len(image_set), view.channels, view.size, view.size, dtype=torch.uint8)
-    count, readable = 0, [np.empty(0, np.int64)]
-    for batch, positions in tqdm(decoded, "reading", len(batches), **_bar()):
-        pixels[count : count + len(batch)] = batch
-        count += len(batch)
-        readable.append(positions)
-    return pixels[:count], image_set.take(np.concatenate(readable))
+    decoded = image_batches(image_set, decode_batches(len(image_set), view), view, skip_unreadable)
+    found, rows = [], [np.empty(0, np.int64)]
+    for pictures, positions in decoded:
+        found += pictures
+        rows.append(positions)
+    pixels = np.array(found, np.uint8).reshape(-1, view.channels, view.size, view.size)
+    return torch.from_numpy(pixels), image_set.take(np.concatenate(rows))
 
 
-def _bar() -> dict[str, Any]:
-    """Only on a terminal, and if it takes longer than a second; of several processes one shows it."""
-    return {"leave": False, "delay": 1, "disable": True if processes.rank() else None}
+def decode_batches(count: int, view: View) -> list[range]:
+    """The rows of a set, as many together as a worker process decodes at once: one by one if they may be large."""
+    return chunks(range(count), 1 if view.has_patches else 64)
+
+
+def with_bar(batches: Iterable[Any], count: int, name: str = "reading") -> Iterable[Any]:
+    """These batches with a bar, only on a terminal, and if it takes longer than a second; of several processes one
+    shows it."""
+    return tqdm(batches, name, count, leave=False, delay=1, disable=True if processes.rank() else None)
 
 
 def chunks(rows: range, size: int) -> list[range]:
@@ -55,8 +60,8 @@ def find_levels(image_set: ImageSet, view: View) -> tuple[float, float] | None:
     one_by_one = (_spreads(image_set, view, range(row, row + 1)) for row in range(len(image_set)))
     if next(chain.from_iterable(one_by_one), None) is None:
         return None
-    batches = chunks(range(len(image_set)), 64)
-    found = tqdm(_in_workers(partial(_spreads, image_set, view), batches), "levels", len(batches), **_bar())
+    batches = decode_batches(len(image_set), view)
+    found = with_bar(_in_workers(partial(_spreads, image_set, view), batches), len(batches), "levels")
     return decoding.black_and_white(np.array([each for each in chain(*found) if each is not None]))
 
 
@@ -69,39 +74,78 @@ def _spreads(image_set: ImageSet, view: View, rows: range) -> list[tuple[float, 
     return found
 
 
+def seen_sizes(image_set: ImageSet, view: View) -> np.ndarray:
+    """The height and the width (N, 2) at which the networks see each picture of a set, 0 for one that they cannot see.
+
+    Reads no pixels, but those of DICOM files.
+    """
+    batches = chunks(range(len(image_set)), 64)
+    found = with_bar(_in_workers(partial(_sizes, image_set, view), batches), len(batches), "sizes")
+    return np.array(list(chain(*found)), np.int64).reshape(-1, 2)
+
+
+def _sizes(image_set: ImageSet, view: View, rows: range) -> list[tuple[int, int]]:
+    """`View.seen_size` of these images, as (height, width)."""
+    found = []
+    for row in rows:
+        size = 0, 0
+        with _noting(image_set, row, []):
+            size = view.seen_size(decoding.upright_size(image_set.open(row)))
+        found.append(size[::-1])
+    return found
+
+
 def image_batches(
     image_set: ImageSet, batches: Sequence[range], view: View, skip_unreadable: bool = False, quiet: bool = False
-) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
     """Decode these rows of a set, in order, in worker processes that run a few batches ahead.
 
-    Yields for each the uint8 (N, C, size, size) as a network sees it, see `decoding.as_seen`, and the images' positions
-    in the set (N,). Raises InputError for an image that cannot be read, unless `skip_unreadable` leaves it out. Unless
-    `quiet`, it names on stderr those left out, and says at the end what else was lost.
+    Yields for each the pictures, uint8 (C, height, width), as the networks see them, see `decoding.as_seen`, and their
+    positions in the set (N,). Raises InputError for an image that cannot be read, unless `skip_unreadable` leaves it
+    out. Unless `quiet`, it names on stderr those left out, and says at the end what else was lost.
     """
-    outside: dict[int, float] = {}
-    in_colour: list[int] = []
+    lost = _Lost()
     for seen, faults in _in_workers(partial(_decode, image_set, view, skip_unreadable), batches):
         if faults and not skip_unreadable:
             raise InputError(f"cannot read the image {faults[0]}: replace it, or use --skip-unreadable")
         for fault in faults if not quiet else ():
             tqdm.write(f"skipped, cannot be read: {fault}", file=sys.stderr)
-        pixels, positions, shares, lost_colour = seen
-        outside |= {row: share for row, share in zip(positions.tolist(), shares.tolist(), strict=True) if share > 0}
-        in_colour += positions[lost_colour].tolist()
-        yield torch.from_numpy(pixels), positions
+        lost.add(seen)
+        yield [each.pixels for each in seen.values()], np.array(list(seen), np.int64)
     if not quiet:
-        _say_what_is_lost(image_set, view, outside, in_colour, sum(map(len, batches)))
+        _say_what_is_lost(image_set, view, lost, sum(map(len, batches)))
 
 
-def _say_what_is_lost(
-    image_set: ImageSet, view: View, outside: dict[int, float], in_colour: list[int], count: int
-) -> None:
-    """Colour in some of `count` pictures for a grey GAN, and levels beyond its black and white points."""
-    if in_colour:
+@dataclasses.dataclass
+class _Lost:
+    """What the networks do not see of pictures as they are, by position in the set."""
+
+    outside: dict[int, float] = dataclasses.field(default_factory=dict)  # share of pixels beyond black and white
+    in_colour: list[int] = dataclasses.field(default_factory=list)  # those that were made grey
+    enlarged: list[int] = dataclasses.field(default_factory=list)
+
+    def add(self, seen: dict[int, decoding.Seen]) -> None:
+        """Note what was lost of these pictures."""
+        self.outside |= {row: each.outside for row, each in seen.items() if each.outside > 0}
+        self.in_colour += [row for row, each in seen.items() if each.lost_colour]
+        self.enlarged += [row for row, each in seen.items() if each.enlarged]
+
+
+def _say_what_is_lost(image_set: ImageSet, view: View, lost: _Lost, count: int) -> None:
+    """Colour in some of `count` pictures for a grey GAN, levels beyond its black and white points, and pictures that
+    are smaller than those that patches are cut from."""
+    if lost.in_colour:
         tqdm.write(
-            f"{len(in_colour)} of {count} pictures are in colour, such as {printable(image_set.source[in_colour[0]])}, "
-            "and are judged in grey, as the training pictures are: what differs in colour alone is not seen"
+            f"{len(lost.in_colour)} of {count} pictures are in colour, such as "
+            f"{printable(image_set.source[lost.in_colour[0]])}, and are judged in grey, as the training pictures are: "
+            "what differs in colour alone is not seen"
         )
+    if lost.enlarged:
+        tqdm.write(
+            f"{len(lost.enlarged)} of {count} pictures are enlarged to a shorter side of {view.picture_size}, such as "
+            f"{printable(image_set.source[lost.enlarged[0]])}: their details are blurred compared with those of others"
+        )
+    outside = lost.outside
     if outside:
         row = max(outside, key=outside.get)
         black, white = view.levels
@@ -112,23 +156,17 @@ def _say_what_is_lost(
         )
 
 
-Decoded = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-
-
-def _decode(image_set: ImageSet, view: View, skip_unreadable: bool, rows: range) -> tuple[Decoded, list[str]]:
-    """Pixels (N, C, H, W), positions, shares outside the levels and lost colours (N,) of the images that can be read;
-    and what is wrong with the others."""
-    seen, positions, faults = [], [], []
+def _decode(
+    image_set: ImageSet, view: View, skip_unreadable: bool, rows: range
+) -> tuple[dict[int, decoding.Seen], list[str]]:
+    """What is seen of the images that can be read, by position; and what is wrong with the others."""
+    seen, faults = {}, []
     for row in rows:
         with _noting(image_set, row, faults):
-            seen.append(decoding.as_seen(image_set.open(row), view))
-            positions.append(row)
+            seen[row] = decoding.as_seen(image_set.open(row), view)
         if faults and not skip_unreadable:
             break
-    pixels = np.array([each.pixels for each in seen], np.uint8).reshape(-1, view.channels, view.size, view.size)
-    outside = np.array([each.outside for each in seen], np.float64)
-    lost_colour = np.array([each.lost_colour for each in seen], bool)
-    return (pixels, np.array(positions, np.int64), outside, lost_colour), faults
+    return seen, faults
 
 
 @contextlib.contextmanager

@@ -32,8 +32,9 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
 import util
 from anogan import files, images, plots, processes, runs
+from anogan.pictures import Pictures
 
-ORDER, NOISE, FIXED_Z = range(3)  # kinds of random draws, each with seeds of its own
+ORDER, NOISE, FIXED_Z, PLACES = range(4)  # kinds of random draws, each with seeds of its own
 
 
 class TrainingConfig(Protocol):
@@ -61,7 +62,8 @@ class Training:
     command: str  # as a person types it
     path: Path  # of the checkpoint
     config: TrainingConfig
-    images: torch.Tensor  # uint8 (N, C, H, W) on the device
+    pictures: Pictures
+    device: torch.device
     settings: dict[str, Any]  # all that decides the weights, see `weight_settings`: a checkpoint of others is refused
 
 
@@ -93,21 +95,22 @@ class Loop:
             if isinstance(part, Adam)
         }
         self._labels = dict(chain(*(panel.items() for panel in curves.values())))
-        self._batch_size = min(config.batch_size, len(training.images) // settings["processes"])
-        self._steps_per_epoch = len(training.images) // (self._batch_size * settings["processes"])
+        patches = len(training.pictures.turns)
+        self._batch_size = min(config.batch_size, patches // settings["processes"])
+        self._steps_per_epoch = patches // (self._batch_size * settings["processes"])
         self._steps = config.epochs * self._steps_per_epoch
         self._seconds_between, self._steps_between = checkpoint_interval(config.checkpoint_every)
         # the context in which the body runs the networks, in bf16 or fp32
-        self.autocast = torch.autocast(
-            training.images.device.type, torch.bfloat16, enabled=settings["precision"] == "bf16"
-        )
+        self.autocast = torch.autocast(training.device.type, torch.bfloat16, enabled=settings["precision"] == "bf16")
         self._step, self._started, self._seconds_before = 0, time.monotonic(), 0.0
         self._history: list[torch.Tensor] = []  # blocks (steps, M) of what every step measured
         self._recent: list[torch.Tensor] = []  # rows of the history, still on the device: reading them waits for a GPU
         self._frames: list[bytes] = []  # PNG files: the samples as training goes on
+        count, side = len(training.pictures), training.pictures.view.size
+        seen = f", {patches} patches of {side}x{side} an epoch" if training.pictures.view.has_patches else ""
         print(
-            f"run: {training.path.parent}   normal class: {settings['normal_class']} ({len(training.images)} images)   "
-            f"device: {training.images.device}, {settings['precision']}   processes: {settings['processes']}"
+            f"run: {training.path.parent}   normal class: {settings['normal_class']} ({count} images{seen})   "
+            f"device: {training.device}, {settings['precision']}   processes: {settings['processes']}"
         )
         processes.check_agreement(training_so_far=(settings, self._go_on()))
         self._saved, self._saved_at = self._step, time.monotonic()
@@ -136,7 +139,7 @@ class Loop:
         """The network with the mean of all processes' gradients after each backward pass, or itself if it is alone."""
         if processes.count() == 1:
             return network
-        device = self._training.images.device
+        device = self._training.device
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch have another name for the flag
             return DistributedDataParallel(
@@ -169,11 +172,12 @@ class Loop:
         """
         training, rank = self._training, processes.rank()
         seed, together = training.config.seed, training.settings["processes"]
-        batches = real_batches(training.images, self._batch_size, seed, self._step, rank, together)
+        batches = real_batches(training.pictures, self._batch_size, seed, self._step, rank, together)
         while self._step < self._steps:
             # what a step draws depends on seed, step and rank alone, so a checkpoint need not hold a generator's state
             torch.manual_seed(util.seed_of(seed, NOISE, self._step, rank))
-            yield next(batches)
+            real = images.to_model(next(batches), training.device, training.pictures.view.normalise)
+            yield real.contiguous(memory_format=torch.channels_last)
             self._end_step()
         self._exit.close()  # the bar ends its line, and Ctrl-C ends the process again
         if rank == 0:
@@ -244,7 +248,7 @@ class Loop:
             training.path.parent,
             script_name(training.command),
             training.config,
-            training.images.device,
+            training.device,
             seconds,
             steps=self._step,
             **facts,
@@ -272,12 +276,13 @@ class Loop:
 
     def _write_pictures(self) -> None:
         """Write the losses and the samples."""
-        values, paths = torch.cat(self._history).numpy(), self._pictures()
+        training, values, paths = self._training, torch.cat(self._history).numpy(), self._pictures()
         _write_losses(paths["losses.csv"], values, list(self._labels), self._steps_per_epoch)
         plots.losses(paths["losses.png"], values, self._curves, self._steps_per_epoch)
         if self._draw is None:
             return
-        real, title = plots.grid(self._training.images[:64] / 255), plots.shown(self._training.path.parent.name)
+        x = images.to_model(training.pictures.some(64), normalise=training.pictures.view.normalise)
+        real, title = plots.grid(images.to_display(x)), plots.shown(training.path.parent.name)
         plots.samples(paths["samples.png"], real, self._draw(), f"{title}, epoch {self._epoch:.4g}")
         if self._frames:  # the first one comes with the first whole epoch
             plots.film(paths["samples.gif"], self._frames)
@@ -388,12 +393,12 @@ def detector_training(
         )
         if (run_dir / file).exists() and not config.fresh:
             load(gan)
-        pixels = runs.images_of_gan(gan, config.skip_unreadable, processes.count())
+        pictures = runs.images_of_gan(gan, config.skip_unreadable)
         precision = util.pick_precision(config.precision, device)
         settings = weight_settings(config, gan.normal_class, precision, gan.training_images)
         settings |= {name: gan.fingerprint if name == "gan" else getattr(gan, name) for name in same}
         torch.manual_seed(config.seed)
-        yield gan, Training(command, run_dir / file, config, pixels.to(device), settings)
+        yield gan, Training(command, run_dir / file, config, pictures, device, settings)
 
 
 def prepare(network: nn.Module, config: TrainingConfig, device: torch.device) -> Adam:
@@ -403,23 +408,24 @@ def prepare(network: nn.Module, config: TrainingConfig, device: torch.device) ->
 
 
 def real_batches(
-    pixels: torch.Tensor, batch_size: int, seed: int, first_step: int = 0, rank: int = 0, processes: int = 1
+    pictures: Pictures, batch_size: int, seed: int, first_step: int = 0, rank: int = 0, processes: int = 1
 ) -> Iterator[torch.Tensor]:
-    """The batches (batch_size, C, H, W) in [-1, 1] that training sees from `first_step` on, without end.
+    """The batches uint8 (batch_size, C, H, H) that training sees from `first_step` on, without end.
 
-    uint8 images (N, C, H, W) are shuffled again for each epoch, by seed and epoch alone, and shared among the
-    processes. The rest at the end of an epoch is left out: BatchNorm would see too few.
+    Pictures are shuffled again for each epoch, by seed and epoch alone, and shared among the processes. Where patches
+    are cut from them, and how these are turned, depends on seed, step and rank alone. The rest at the end of an epoch
+    is left out: BatchNorm would see too few.
     """
     together = batch_size * processes
     order_of = None
     for step in count(first_step):
-        epoch, i = divmod(step, len(pixels) // together)
+        epoch, i = divmod(step, len(pictures.turns) // together)
         if epoch != order_of:
             random = torch.Generator().manual_seed(util.seed_of(seed, ORDER, epoch))
-            order, order_of = torch.randperm(len(pixels), generator=random).to(pixels.device), epoch
+            order, order_of = torch.randperm(len(pictures.turns), generator=random).numpy(), epoch
         first = i * together + rank * batch_size
-        real = pixels[order[first : first + batch_size]]
-        yield images.to_model(real).contiguous(memory_format=torch.channels_last)
+        rows = pictures.turns[order[first : first + batch_size]]
+        yield pictures.draw(rows, np.random.default_rng(util.seed_of(seed, PLACES, step, rank)))
 
 
 # ---- after it -------------------------------------------------------------------------------------------------------

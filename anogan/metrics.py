@@ -177,17 +177,16 @@ def pixel_metrics(test: ScoredSplit, level: float) -> dict[str, Any]:
     empty: list[str] = []
 
     def heat_and_mask() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for rows, x, generated in test.drawn(np.flatnonzero(has_file | ~test.is_anomaly)):
-            for row, heat in zip(rows, heatmaps.difference(x, generated), strict=True):
-                size = test.images.picture(row, test.gan.view).size
-                mask = np.zeros(size[::-1], bool)
-                if test.is_anomaly[row]:
-                    source = str(test.images.source[row])
-                    mask = masks.open_mask(paths[source], source, test.images.open(row), size)
-                    if not mask.any():
-                        empty.append(paths[source].relative_to(test.gan.dataset).as_posix())
-                        continue
-                yield heatmaps.at_own_size(heat, size), mask
+        for row, heat in test.heats(np.flatnonzero(has_file | ~test.is_anomaly)):
+            size = test.images.picture(row, test.gan.view).size
+            mask = np.zeros(size[::-1], bool)
+            if test.is_anomaly[row]:
+                source = str(test.images.source[row])
+                mask = masks.open_mask(paths[source], source, test.images.open(row), size)
+                if not mask.any():
+                    empty.append(paths[source].relative_to(test.gan.dataset).as_posix())
+                    continue
+            yield heatmaps.at_own_size(heat, size, test.gan.view), mask
 
     figures = pixel_figures(heat_and_mask(), level)
     without = Counter(test.class_name[test.is_anomaly & ~has_file].tolist())

@@ -19,13 +19,14 @@ from sklearn.metrics import roc_curve
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from anogan import files, heatmaps, images
+from anogan import files, heatmaps
 from anogan.metrics import worst_classes
 from anogan.scores import ScoredSplit
 from anogan.verdicts import Verdict
 from util import printable
 
 DPI = 120  # dots per inch of every figure
+LONGEST = 256  # pixels of the longer side of a panel in difference_maps.png
 
 
 # ---- names from outside ---------------------------------------------------------------------------------------------
@@ -132,11 +133,11 @@ def film(path: Path, frames: list[bytes]) -> None:
 
 
 def roc_curves(path: Path, split: ScoredSplit, metrics: dict, title: str) -> None:
-    """One ROC curve a score, with its area and interval from `metrics`."""
-    figure = Figure(figsize=(8, 7 + 0.1 * len(split.scores)), layout="constrained")
+    """One ROC curve a score in `metrics`, with its area and interval from there."""
+    figure = Figure(figsize=(8, 7 + 0.1 * len(metrics)), layout="constrained")
     axes = figure.subplots()
-    for name, score in split.scores.items():
-        fpr, tpr, _ = roc_curve(split.is_anomaly, score)
+    for name in metrics:
+        fpr, tpr, _ = roc_curve(split.is_anomaly, split.scores[name])
         low, high = metrics[name]["roc_auc_95_interval"]
         declared = split.declared[name]
         label = f"{declared.label}: {metrics[name]['roc_auc']:.3f} [{low:.3f}, {high:.3f}]"
@@ -233,17 +234,21 @@ def bars_of_classes(axes: Axes, split: ScoredSplit, metrics: dict, names: list[s
     axes.set_xticks(range(len(names)), [shown(name, 24) for name in names], rotation=30, ha="right")
 
 
-def panels_of_images(path: Path, panels: list[np.ndarray], captions: list[list[str]], title: str) -> None:
-    """Four panels an image, as `heatmaps.panels` makes them, each uint8 (N, H, H, 3).
+def panels_of_images(path: Path, panels: list[list[np.ndarray]], captions: list[list[str]], title: str) -> None:
+    """Four panels an image, as `heatmaps.panels` makes them, each uint8 (H, W, 3).
 
     The words of an image's caption stand above its panels, one each.
     """
     lines = -(-len(captions) // 2)  # two images to a line, or the picture grows too tall to look at
-    side, gap = panels[0].shape[1], max(1, panels[0].shape[1] // 16)
-    places = [number * (side + gap) for number in range(len(panels))]  # where in a strip a panel begins
+    side = max(max(panel.shape) for of_image in panels for panel in of_image)
+    gap = max(1, side // 16)
+    places = [number * (side + gap) for number in range(4)]  # where in a strip a panel begins
     strips = np.full((len(captions), side, places[-1] + side, 3), 255, np.uint8)
-    for place, panel in zip(places, panels, strict=True):
-        strips[:, :, place : place + side] = panel
+    for strip, of_image in zip(strips, panels, strict=True):
+        for place, panel in zip(places, of_image, strict=True):
+            height, width, _ = panel.shape  # in the middle of its square
+            top, left = (side - height) // 2, place + (side - width) // 2
+            strip[top : top + height, left : left + width] = panel
     figure = Figure(figsize=(11, 1.45 * lines + 1.2), layout="constrained")
     grid = figure.subplots(lines, 2, squeeze=False)  # one axes an image: a hundred of them take seconds to lay out
     for axes in grid.flat:
@@ -261,10 +266,10 @@ def panels_of_images(path: Path, panels: list[np.ndarray], captions: list[list[s
     save(figure, path)
 
 
-def ranking(path: Path, groups: dict[str, tuple[torch.Tensor, list[str], np.ndarray]], title: str) -> None:
+def ranking(path: Path, groups: dict[str, tuple[list[np.ndarray], list[str], np.ndarray]], title: str) -> None:
     """Two groups of images, eight in a row; a frame in green round the normal ones and in red round the anomalies.
 
-    A group is (images (N, C, H, W) in [0, 1], captions, is_anomaly (N,)).
+    A group is (N images uint8 (H, W, 3), N captions, is_anomaly (N,)).
     """
     figure = Figure(figsize=(11, 8), layout="constrained")
     for block, (name, (pictures, captions, is_anomaly)) in zip(figure.subfigures(2, 1), groups.items(), strict=True):
@@ -279,18 +284,13 @@ def ranking(path: Path, groups: dict[str, tuple[torch.Tensor, list[str], np.ndar
     save(figure, path)
 
 
-def show_framed(axes: Axes, image: torch.Tensor, colour: str) -> None:
-    """An image (C, H, W) in [0, 1] with a coloured frame."""
-    axes.imshow(to_rgb(image))
+def show_framed(axes: Axes, image: np.ndarray, colour: str) -> None:
+    """An image uint8 (H, W, 3) with a coloured frame."""
+    axes.imshow(image)
     axes.axis("on")
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set(color=colour, linewidth=3)
-
-
-def to_rgb(image: torch.Tensor) -> np.ndarray:
-    """(1 or 3, H, W) to (H, W, 3)."""
-    return image.expand(3, -1, -1).permute(1, 2, 0).numpy()
 
 
 # ---- the figures of evaluate.py --------------------------------------------------------------------------------------
@@ -301,15 +301,16 @@ def of_scores(test: ScoredSplit, verdict: Verdict, metrics: dict[str, dict]) -> 
     names = ("roc.png", "score_histograms.png", "per_class_auc.png", "ranking.png")
     paths = [test.gan.run_dir / name for name in names]
     label, title = test.declared[verdict.score].label, f"{shown(test.gan.run_dir.name)}, test split"
+    metrics = {name: metrics[name] for name in test.in_figures(verdict.score)}
     roc_curves(paths[0], test, metrics, title)
-    by_label = {test.declared[name].label: values for name, values in test.scores.items()}
+    by_label = {test.declared[name].label: test.scores[name] for name in metrics}
     score_histograms(paths[1], by_label, test.is_anomaly, (label, verdict.threshold), title)
     per_class_auc(paths[2], test, metrics, verdict.score, title)
     ranked, score = test.ranked(verdict.score), test.scores[verdict.score]
     count = min(16, (len(ranked) + 1) // 2)  # or a small set would show its images twice
     groups = {
         f"most {kind}": (
-            images.to_display(test.real_and_generated(rows)[0]),
+            [shown_picture.real for shown_picture in test.shown(rows)],
             [f"{shown(test.class_name[i], 16)}\n{score[i]:.4g}" for i in rows],
             test.is_anomaly[rows],
         )
@@ -329,8 +330,8 @@ def difference_maps(test: ScoredSplit, verdict: Verdict) -> Path:
     anomalous = all_anomalous[:10]
     rows = [np.flatnonzero(~test.is_anomaly)[:4]]
     rows = np.concatenate(rows + [np.flatnonzero(test.class_name == name)[:2] for name in anomalous])
-    x, generated = test.real_and_generated(rows)
-    panels = heatmaps.panels(x, generated, heatmaps.difference(x, generated), verdict.level, verdict.brightest)
+    by = verdict.level, verdict.brightest, LONGEST
+    panels = [heatmaps.panels(each.real, each.generated, each.heat, *by) for each in test.shown(rows)]
     score, p_value = test.scores["anomaly_score"], verdict.p_value["test"]
     captions = [[shown(test.class_name[i], 16), f"A = {score[i]:.0f}", f"p = {p_value[i]:.2g}"] for i in rows]
     is_marked = math.isfinite(verdict.level)

@@ -119,3 +119,13 @@ def noted_signals() -> Iterator[list[int]]:
 def progress_bar(total: int, unit: str, **options: Any) -> tqdm:
     """Rank 0's bar on stderr: redrawn ten times a second on a terminal, every half minute in a log file."""
     return tqdm(total=total, unit=unit, mininterval=0.1 if sys.stderr.isatty() else 30, disable=rank() > 0, **options)
+
+
+def say_how_long(count: int, rate: float, what: str) -> None:
+    """Before the night is spent: how long the search of so many images or patches takes, at so many a second."""
+    seconds = count / rate
+    time_left = f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+    if seconds > 5400:
+        time_left = f"{seconds / 3600:.1f} hours"
+    if rank() == 0:
+        tqdm.write(f"{count} {what} to search: about {time_left}, at {rate:.3g} a second")

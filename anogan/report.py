@@ -27,6 +27,7 @@ from util import printable, quoted
 # Bytes of pictures at most, which base64 makes a third longer, so that a browser opens the file at once; the most
 # anomalous come first. Each image adds a row of numbers too: the file stays under 60 MB up to 20,000 images
 PICTURE_BYTES = 40_000_000
+LONGEST = 256  # pixels of the longer side of a panel
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def write(path: Path, page: Page, strips: Iterator[bytes]) -> None:
     `strips` are the WebP files of the images in that order, as many as there is room for.
     """
     split, verdict = page.split, page.verdict
+    names = split.in_figures(verdict.score)
     pictures: list[str | None] = []
     size = 0
     for strip in strips:
@@ -63,30 +65,30 @@ def write(path: Path, page: Page, strips: Iterator[bytes]) -> None:
             number.get(str(split.class_name[i])),
             bool(verdict.flagged[page.name][i]),
             float(verdict.p_value[page.name][i]),
-            *(float(values[i]) for values in split.scores.values()),
+            *(float(split.scores[name][i]) for name in names),
             picture,
         ]
         for i, picture in zip(split.ranked(verdict.score), chain(pictures, repeat(None)), strict=False)
     ]
-    panels = ["real"] if split.z is None else ["real", "generated", "difference", "marked"]
+    panels = ["real"] if split.latents is None else ["real", "generated", "difference", "marked"]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     text = environment.get_template("report.template.html").render(
         title=page.title,
         sentences=page.sentences,
-        metrics=page.metrics,
+        metrics={name: page.metrics[name] for name in names} if page.metrics else {},
         labels={name: score.label for name, score in split.declared.items()},
         difference=difference,
         score=verdict.score,
         figures={each.stem.replace("_", " "): base64.b64encode(each.read_bytes()).decode() for each in page.figures},
         data={
-            "scores": list(split.scores),
+            "scores": names,
             "verdict": verdict.score,
             "panels": panels,
             "classes": classes,
             "rows": rows,
         },
         without_picture=len(rows) - len(pictures),
-        searched=split.z is not None,
+        searched=split.latents is not None,
         level=verdict.level if math.isfinite(verdict.level) else None,
     )
     with files.replacing(path) as partial:
@@ -95,16 +97,17 @@ def write(path: Path, page: Page, strips: Iterator[bytes]) -> None:
 
 def strips(split: ScoredSplit, verdict: Verdict) -> Iterator[bytes]:
     """Each image's panels side by side, the most anomalous first, as the bytes of a WebP file."""
-    for _, x, generated in split.drawn(split.ranked(verdict.score)):
-        if generated is None:
-            panels = [heatmaps.to_rgb(x)]
+    for shown in split.shown(split.ranked(verdict.score)):
+        if shown.heat is None:
+            real = Image.fromarray(shown.real)
+            real.thumbnail((LONGEST, LONGEST))
+            panels = [np.asarray(real)]
         else:
-            heat = heatmaps.difference(x, generated)
-            panels = heatmaps.panels(x, generated, heat, verdict.level, verdict.brightest)
-        for strip in np.concatenate(panels, 2):  # (H, W, 3) or, where it was searched, (H, 4 W, 3)
-            content = io.BytesIO()
-            Image.fromarray(strip).save(content, "WEBP", quality=80)
-            yield content.getvalue()
+            of = shown.real, shown.generated, shown.heat
+            panels = heatmaps.panels(*of, verdict.level, verdict.brightest, LONGEST)
+        content = io.BytesIO()
+        Image.fromarray(np.concatenate(panels, 1)).save(content, "WEBP", quality=80)  # (H, W or 4 W, 3)
+        yield content.getvalue()
 
 
 def write_rows(path: Path, header: list[str], rows: Iterable[list]) -> None:
@@ -140,8 +143,8 @@ def difference(of: dict[str, Any]) -> str:
     return "{:+z.3f} [{:+z.3f}, {:+z.3f}]".format(of["roc_auc_minus_judged"], *of["roc_auc_minus_judged_95_interval"])
 
 
-def print_table(found: dict) -> None:
-    """The figures of metrics.json that a person wants first."""
+def print_table(found: dict, names: list[str]) -> None:
+    """The figures of metrics.json that a person wants first, of the scores of these names."""
     judged = found["threshold"]["score"]
 
     def row(name: str, of: dict, against: str = "") -> str:
@@ -159,7 +162,8 @@ def print_table(found: dict) -> None:
         normals = f"{headline['n_normal']} normal ({printable(found['normal_class'])})"
         print(f"\n{protocol}: {normals}, {headline['n_anomalous']} anomalous images")
         print(f"{'score':<20} ROC-AUC [95% interval]  avg.prec.  FPR at 95% TPR  AUC minus {judged}'s [95% interval]")
-        for name, of in found[protocol].items():
+        for name in names:
+            of = found[protocol][name]
             print(row(name, of, "" if name == judged else difference(of)))
         shown = worst_classes(headline["per_class"])
         more = len(headline["per_class"]) - len(shown)
@@ -207,7 +211,7 @@ def pixel_sentences(found: dict) -> str:
 
 def print_without_test(gan: TrainedGAN, validation: ScoredSplit) -> None:
     """What a run without test pictures is told: nothing is measured, and pictures can be judged."""
-    script = "evaluate.py" if validation.z is None else "fit_latent.py"
+    script = "evaluate.py" if validation.latents is None else "fit_latent.py"
     print(
         f"{gan.dataset} has no test pictures, so nothing is measured; the scores of {len(validation.images)} "
         f"validation normals are in {gan.run_dir}\nnext: judge your own pictures: "
@@ -231,11 +235,11 @@ def write_run(test: ScoredSplit, verdict: Verdict, found: dict[str, Any], figure
         found["test"],
     )
     write(run_dir / "report.html", page, strips(test, verdict))
-    print_table(found)
+    print_table(found, test.in_figures(verdict.score))
     print(f"\n{means}; on the test split it {flagged}")
     written = " ".join(path.name for path in figures)
     print(f"\nwrote {run_dir}/: scores.csv metrics.json report.html {written} run.json")
-    script = "evaluate.py" if test.z is None else "fit_latent.py"
+    script = "evaluate.py" if test.latents is None else "fit_latent.py"
     print(
         f"next: open {run_dir / 'report.html'} in a browser, or judge your own pictures: "
         f"python {script} --run-dir {quoted(run_dir)} --images PATH"

@@ -11,7 +11,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ import torchvision
 from filelock import FileLock, Timeout
 from torch import nn
 
-from anogan import files, images, loading, processes
+from anogan import files, images, pictures, processes
 from anogan.decoding import View
 from network import Discriminator, Generator, fold_batchnorm
 from util import InputError, quoted
@@ -126,8 +126,12 @@ class TrainedGAN:
     group_by: str | None  # what kept pictures together when validation was chosen, see `images.list_split`
     image_size: int
     image_channels: int
-    levels: tuple[float, float] | None  # the black and the white point, see `decoding.View`
+    levels: tuple[float, float] | None  # this and the next four: see `decoding.View`
     max_megapixels: float
+    picture_size: int | Literal["own"] | None
+    fit: Literal["crop", "stretch", "pad"]
+    normalise: bool
+    augment: pictures.Augment | None  # how pictures or patches were turned at random in training
     latent_dim: int
     ngf: int
     ndf: int
@@ -144,7 +148,18 @@ class TrainedGAN:
     @property
     def view(self) -> View:
         """How both networks see a picture."""
-        return View(self.image_size, self.image_channels, self.levels, self.max_megapixels)
+        seen = {name: getattr(self, name) for name in ("levels", "max_megapixels", "fit", "picture_size", "normalise")}
+        return View(self.image_size, self.image_channels, **seen)
+
+    @property
+    def sees(self) -> str:
+        """What one image of both networks is."""
+        return "patches" if self.view.has_patches else "images"
+
+    def to_model(self, images_or_patches: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, C, H, W) as both networks take them, on their device, see `images.to_model`."""
+        x = images.to_model(images_or_patches, self.device, self.view.normalise)
+        return x.contiguous(memory_format=torch.channels_last)
 
 
 def load_gan(
@@ -156,17 +171,19 @@ def load_gan(
     of the training. Raises InputError if the training images there are others, and as `reading_checkpoint` does.
     """
     with reading_checkpoint(run_dir / "gan.pt", "train_gan.py") as (state, fingerprint):
-        config, channels = state["config"], state["image_channels"]
+        config = state["config"]
         weights = state["generator"], state["discriminator"]
         names = ("group_by", "image_size", "latent_dim", "ngf", "ndf", "batch_size", "training_images")
         about = {
-            **{name: config[name] for name in names},
+            **{name: config[name] for name in (*names, "picture_size", "fit", "augment")},
             **{name: state[name] for name in ("dataset", "normal_class", "epoch", "levels")},
+            "normalise": config["normalise"] is not None,
             "max_megapixels": max_megapixels or state["max_megapixels"],
-            "image_channels": channels,
+            "image_channels": state["image_channels"],
             "fingerprint": fingerprint,
         }
     # outside the block above: a fault in network.py is not a damaged gan.pt
+    channels = about["image_channels"]
     generator = Generator(about["image_size"], channels, about["latent_dim"], about["ngf"])
     discriminator = Discriminator(about["image_size"], channels, about["ndf"])
     for network, state in zip((generator, discriminator), weights, strict=True):
@@ -175,6 +192,10 @@ def load_gan(
         freeze(network, device)
     gan = TrainedGAN(run_dir, generator, discriminator, **about)
     return _at_its_data(gan, dataset)
+
+
+# What a detector that trains on the GAN's images must share with it, apart from the sizes of its own network
+SAME_IMAGES = ("training_images", "image_size", "image_channels", "picture_size", "fit", "normalise", "augment")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,26 +265,29 @@ def data_is_there(gan: TrainedGAN) -> bool:
     return gan.dataset in images.EMBEDDED or Path(gan.dataset).is_dir()
 
 
-def load_training_images(image_set: images.ImageSet, view: View, skip_unreadable: bool, count: int = 1) -> torch.Tensor:
-    """A set's images as uint8 (N, C, H, W) for `count` processes. Raises InputError if fewer can be read."""
-    pixels, _ = loading.load_images(image_set, view, skip_unreadable)
-    if len(pixels) == 0:
+def load_training_images(
+    image_set: images.ImageSet, view: View, run_dir: Path, skip_unreadable: bool, find_channels: bool = False
+) -> pictures.Pictures:
+    """A set's pictures, see `pictures.load`. Raises InputError if fewer can be read than a training needs."""
+    found = pictures.load(image_set, view, run_dir / pictures.FILE, skip_unreadable, find_channels)
+    if len(found) == 0:
         raise InputError(f"none of the {len(image_set)} training images can be read")
-    if skipped := len(image_set) - len(pixels):
+    if skipped := len(image_set) - len(found):
         print(f"skipped {skipped} of {len(image_set)} images, which cannot be read")
-    if len(pixels) < min(5, len(image_set)):
-        raise InputError(f"{len(pixels)} of {len(image_set)} training images can be read, too few: replace the others")
-    if len(pixels) < count:
-        raise InputError(f"{len(pixels)} training images are too few for {count} processes: start fewer")
-    return pixels
+    if len(found) < min(5, len(image_set)):
+        raise InputError(f"{len(found)} of {len(image_set)} training images can be read, too few: replace the others")
+    if len(found.turns) < (count := processes.count()):
+        raise InputError(f"{len(found)} training images are too few for {count} processes: start fewer")
+    return found
 
 
-def images_of_gan(gan: TrainedGAN, skip_unreadable: bool = False, count: int = 1) -> torch.Tensor:
-    """The images that gan.pt was trained on, uint8 (N, C, H, W), for `count` processes.
+def images_of_gan(gan: TrainedGAN, skip_unreadable: bool = False) -> pictures.Pictures:
+    """The pictures that gan.pt was trained on.
 
     Raises InputError if they have changed since, or as `open_split` and `load_training_images` do.
     """
-    return load_training_images(open_split(gan, "train"), gan.view, skip_unreadable, count)
+    found = load_training_images(open_split(gan, "train"), gan.view, gan.run_dir, skip_unreadable)
+    return dataclasses.replace(found, augment=gan.augment)
 
 
 def keep_place(run_dir: Path, dataset: str, training_images: str) -> None:

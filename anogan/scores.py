@@ -1,20 +1,22 @@
-"""Scores: how one is declared, those of the paper and `peak`, and the scores of every image of a run.
+"""Scores: how one is declared, those of the paper and `peak`, and the scores of every picture of a run.
 
-A high score means anomalous, for every score. The losses that R, D and A(x) are made of stand in util.py, where the
+A high score means anomalous, for every score. Most are of what the networks see: a whole picture, or patches of it, of
+which a picture's score is then made. The losses that R, D and A(x) are made of stand in util.py, where the
 search takes them from. Each detector declares its own scores.
 """
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
-from anogan import files, heatmaps, images, latents, runs
+from anogan import files, heatmaps, images, latents, patches, runs
 from util import InputError, anomaly_score, printable, quoted
 
 NORMALS = "validation-scores.npz"
@@ -40,41 +42,88 @@ class Source:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some images of a split, as a score sees them."""
+    """Some images or patches of a split, as a score sees them."""
 
     split: str
-    rows: np.ndarray  # (N,) positions in the split
+    patches: patches.Patches  # which they are
     x: torch.Tensor  # (N, C, H, H) in [-1, 1]
     generated: torch.Tensor | None  # G(z), the same shape; None where nothing was searched
+
+    @property
+    def rows(self) -> np.ndarray:
+        """(N,) the position in the split of each one's picture."""
+        return self.patches.row
 
 
 @dataclass(frozen=True)
 class Score:
     """A score, declared once: what it is called, what it needs, how it is worked out and drawn in figures.
 
-    `function` takes what `source.load` returned and a Batch to (N,). With `parts` the score is made of others instead:
+    `function` takes what `source.load` returned and a Batch to (N,), from which `pool` makes one for each picture. Of
+    the heat map it takes a picture's map (height, width) to a number instead. With `parts` the score is made of others:
     it takes those of a split and those of validation, each a dict of (N,) by name.
     """
 
     name: str
     label: str
     source: Source
-    function: Callable[..., torch.Tensor | np.ndarray]
+    function: Callable[..., torch.Tensor | np.ndarray | float]
     colour: str
     line: str = "-"
     opacity: float = 1.0  # of its bars
     parts: tuple[str, ...] = ()
+    of: Literal["patch", "picture", "map"] = "patch"  # of a picture: the same for all of its patches
+    pool: str = "worst"  # one of POOLS
+
+    @property
+    def is_main(self) -> bool:
+        """Whether it is shown in figures: the others are the same patches' scores, pooled in another way."""
+        return self.pool == Score.pool
+
+
+# ---- from patches to pictures ---------------------------------------------------------------------------------------
+
+
+def worst_tenth(of_patches: np.ndarray) -> float:
+    """The mean of the highest tenth of some patches' scores (P,), of one at least."""
+    return float(np.sort(of_patches)[-max(1, round(len(of_patches) / 10)) :].mean())
+
+
+# How a picture's score is made of those of its patches, and what figures call it
+POOLS = {"worst": (np.max, "worst patch"), "tenth": (worst_tenth, "worst tenth"), "mean": (np.mean, "mean of patches")}
+
+
+def pooled(of_patches: np.ndarray, rows: np.ndarray, pool: str) -> np.ndarray:
+    """A score of patches (P,) to one of their pictures (N,), given the picture of each (P,), in ascending order."""
+    first = np.flatnonzero(np.diff(rows, prepend=-1))
+    if len(first) == len(rows):  # whole pictures
+        return of_patches
+    return np.array([POOLS[pool][0](part) for part in np.split(of_patches, first[1:])])
+
+
+def with_pools(declared: Sequence[Score]) -> list[Score]:
+    """The scores of a GAN of patches: after each also those that pool its patches in the other ways."""
+    found = []
+    for score in declared:
+        found.append(score)
+        if score.of == "patch" and not score.parts:
+            found += [
+                replace(score, name=f"{score.name}_{pool}", label=f"{score.label}, {words}", pool=pool)
+                for pool, (_, words) in POOLS.items()
+                if pool != score.pool
+            ]
+    return found
 
 
 # ---- the scores of the search and of the GAN ------------------------------------------------------------------------
 
 
-def peak(x: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
-    """The largest smoothed difference of x and G(z), see `heatmaps.difference`: (N, C, H, H) twice to (N,) in [0, 1].
+def peak(heat: np.ndarray) -> float:
+    """The largest value of a heat map (height, width), in [0, 1].
 
     For what is small and local: a blot changes the sum R, over every pixel of the picture, by next to nothing.
     """
-    return heatmaps.difference(x, generated).amax((1, 2))
+    return float(heat.max())
 
 
 def p_d(discriminator: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -83,11 +132,22 @@ def p_d(discriminator: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return discriminator(x).cpu().double().neg().sigmoid()
 
 
+def _fitted(name: str, fits: dict[str, dict[str, Any]], batch: Batch) -> np.ndarray:
+    """What the search left of each image of a batch (N,). Raises InputError if it was of other patches."""
+    of_split, some = fits[batch.split], batch.patches
+    found = latents.first_patches(of_split)[some.row] + some.number
+    corners = np.stack([of_split[each].take(found, mode="clip") for each in ("top", "left")], 1)
+    if not np.array_equal(corners, some.corners):
+        raise InputError(
+            f"the searches of {batch.split} are of other patches: run fit_latent.py with the same --stride"
+        )
+    return of_split[name][found]
+
+
 def _fitted_score(fits: dict[str, dict[str, Any]], batch: Batch) -> np.ndarray:
     """A(x) as the search left it (N,)."""
-    of_split = fits[batch.split]
-    parts = (of_split[name][batch.rows] for name in ("residual", "discrimination"))
-    return anomaly_score(*parts, of_split["search"]["discrimination_weight"])
+    parts = (_fitted(name, fits, batch) for name in ("residual", "discrimination"))
+    return anomaly_score(*parts, fits[batch.split]["search"]["discrimination_weight"])
 
 
 def _read_reference(gan: runs.TrainedGAN, image_sets: ImageSets) -> dict[str, dict[str, Any]]:
@@ -127,7 +187,7 @@ SEARCH = (
         "residual",
         "R, residual",
         LATENTS,
-        lambda fits, batch: fits[batch.split]["residual"][batch.rows],
+        partial(_fitted, "residual"),
         colour="tab:blue",
         line="--",
         opacity=0.6,
@@ -136,7 +196,7 @@ SEARCH = (
         "discrimination",
         "D, discrimination",
         LATENTS,
-        lambda fits, batch: fits[batch.split]["discrimination"][batch.rows],
+        partial(_fitted, "discrimination"),
         colour="tab:blue",
         line=":",
         opacity=0.4,
@@ -145,10 +205,11 @@ SEARCH = (
         "peak",
         "peak, largest local difference",
         LATENTS,
-        lambda fits, batch: peak(batch.x, batch.generated),
+        lambda fits, heat: peak(heat),
         colour="tab:blue",
         line="-.",
         opacity=0.25,
+        of="map",
     ),
     Score("p_d", "P_D, discriminator alone", GAN, lambda gan, batch: p_d(gan.discriminator, batch.x), "tab:orange"),
 )
@@ -165,35 +226,71 @@ GAN_R = Score(
 
 
 @dataclass(frozen=True)
+class Shown:
+    """A picture as the networks see it, at the size at which they do."""
+
+    row: int  # its position in the split
+    real: np.ndarray  # uint8 (height, width, 3)
+    generated: np.ndarray | None  # the same of G(z), stitched; None where nothing was searched
+    heat: np.ndarray | None  # (height, width)
+
+
+@dataclass(frozen=True)
 class ScoredSplit:
     """The images of one split and their scores, every array in the same order."""
 
     gan: runs.TrainedGAN
     images: images.ImageSet
-    z: np.ndarray | None  # (N, latent_dim), None where nothing was searched
-    search: dict[str, Any] | None  # the settings of the search that found z
+    latents: dict[str, Any] | None  # of these images, see `latents.read_latents`; None where nothing was searched
     class_name: np.ndarray  # (N,) str, "" for pictures without labels
     is_anomaly: np.ndarray  # (N,) bool, False for pictures without labels
     scores: dict[str, np.ndarray]  # by name, each (N,)
     declared: dict[str, Score]  # the same names
     batch_size: int  # images that go through the networks at once
 
+    @property
+    def search(self) -> dict[str, Any] | None:
+        """The settings of the search that found the latents."""
+        return None if self.latents is None else self.latents["search"]
+
+    def in_figures(self, judged: str) -> list[str]:
+        """The names of the scores that figures show: the main ones, and the one that is judged by."""
+        return [name for name, score in self.declared.items() if score.is_main or name == judged]
+
     def ranked(self, score: str) -> np.ndarray:
         """Positions (N,), the most anomalous by this score first."""
         return np.argsort(-self.scores[score], kind="stable")
 
-    def drawn(self, rows: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor | None]]:
-        """Positions in the split (B,), x and G(z) of all images or of these rows, see `latents.drawn`."""
+    def drawn(
+        self, rows: np.ndarray | None = None
+    ) -> Iterator[tuple[patches.Patches, torch.Tensor, torch.Tensor | None]]:
+        """Patches, x and G(z) of all pictures or of these rows, see `latents.drawn`; `row` counts these rows."""
         rows = np.arange(len(self.images)) if rows is None else rows
-        z = None if self.z is None else self.z[rows]
-        for places, x, generated in latents.drawn(self.gan, self.images.take(rows), z, self.batch_size):
-            yield rows[places], x, generated
+        found = None if self.latents is None else latents.taken(self.latents, rows)
+        return latents.drawn(self.gan, self.images.take(rows), found, self.batch_size)
 
-    def real_and_generated(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x and G(z) of some rows, each (N, C, H, W) in [-1, 1], on the CPU; None for G(z) without a search."""
-        batches = list(self.drawn(rows))
-        x = torch.cat([x.cpu() for _, x, _ in batches])
-        return x, None if self.z is None else torch.cat([generated.cpu() for *_, generated in batches])
+    def heats(self, rows: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """The position and the heat map (height, width) of all pictures or of these rows."""
+        stitching = patches.Stitching()
+        for some, x, generated in self.drawn(rows):
+            for i, found in stitching.add(some, heatmaps.difference(x, generated)):
+                yield i if rows is None else int(rows[i]), heatmaps.smoothed(found[0], self.gan.image_size)
+
+    def shown(self, rows: np.ndarray) -> Iterator[Shown]:
+        """The pictures at these rows as the networks see them."""
+        stitching, channels = patches.Stitching(), self.gan.image_channels
+        for some, x, generated in self.drawn(rows):
+            layers = [some.pixels.to(x.device) / 127.5 - 1]
+            if generated is not None:
+                levels = images.to_levels(generated, some.pixels, self.gan.view.normalise)
+                layers += [levels, heatmaps.difference(x, generated)]
+            for i, found in stitching.add(some, torch.cat(layers, 1)):
+                real = heatmaps.to_rgb(found[:channels])
+                if generated is None:
+                    yield Shown(int(rows[i]), real, None, None)
+                else:
+                    drawn = heatmaps.to_rgb(found[channels : 2 * channels])
+                    yield Shown(int(rows[i]), real, drawn, heatmaps.smoothed(found[-1], self.gan.image_size))
 
 
 def search_of_gan_r(split: ScoredSplit) -> dict[str, Any] | None:
@@ -235,22 +332,22 @@ def score_run(
     by name, which other scores are made with; by default those of the set `validation`. Raises InputError if the score
     that was asked for is not there, or a file is missing, damaged or of something else.
     """
+    declared = declared_for(gan, declared)
     loaded, image_sets = _load_sources(gan, image_sets, declared, request)
     present = [score for score in declared if score.source in loaded]
     if LATENTS not in loaded:
         print("without difference maps, since these images were not searched: fit_latent.py does it")
     scored: dict[str, ScoredSplit] = {}
     for split, image_set in image_sets.items():
-        fits = loaded[LATENTS][split] if LATENTS in loaded else {"z": None, "search": None}
-        drawn = latents.drawn(gan, image_set, fits["z"], request.batch_size, request.skip_unreadable, quiet=False)
-        by_name, readable = _score_batches(split, image_set, loaded, present, drawn)
+        found = loaded[LATENTS][split] if LATENTS in loaded else None
+        drawn = latents.drawn(gan, image_set, found, request.batch_size, request.skip_unreadable, quiet=False)
+        by_name, readable = _score_batches(split, loaded, present, drawn)
         image_set = image_set.take(readable)
         class_name = image_set.class_name
         scored[split] = ScoredSplit(
             gan=gan,
             images=image_set,
-            z=None if fits["z"] is None else fits["z"][readable],
-            search=fits["search"],
+            latents=None if found is None else latents.taken(found, readable),
             class_name=class_name,
             is_anomaly=(class_name != "") & (class_name != gan.normal_class),
             scores=by_name,
@@ -263,6 +360,11 @@ def score_run(
             for each in scored.values():
                 each.scores[score.name] = score.function(each.scores, normals)
     return scored
+
+
+def declared_for(gan: runs.TrainedGAN, declared: Sequence[Score]) -> Sequence[Score]:
+    """The scores that a GAN can have: of one that sees patches, with all pools."""
+    return with_pools(declared) if gan.view.has_patches else declared
 
 
 # ---- the scores of validation normals, which a verdict compares with ------------------------------------------------
@@ -281,7 +383,11 @@ def scores_of_normals(gan: runs.TrainedGAN, declared: Sequence[Score], request: 
     Raises InputError if they must be scored, and as `score_run` does or because the data set is not there.
     """
     path = gan.run_dir / NORMALS
-    there = [s for s in declared if s.source.scores_unlabelled and s.source.is_there(gan.run_dir, ["validation"])]
+    there = [
+        s
+        for s in declared_for(gan, declared)
+        if s.source.scores_unlabelled and s.source.is_there(gan.run_dir, ["validation"])
+    ]
     if path.is_file():
         try:
             kept = latents.read_arrays(path, "evaluate.py", "validation", gan, {})
@@ -318,7 +424,9 @@ def _load_sources(
 
     Raises InputError, see `score_run`.
     """
-    wanted = next(score for score in declared if score.name == request.score)
+    wanted = next((score for score in declared if score.name == request.score), None)
+    if wanted is None:
+        raise InputError(f"there is no score {request.score} here: it is of a GAN of patches, and this one sees none")
     is_there = {score.source: score.source.is_there(gan.run_dir, list(image_sets)) for score in declared}
     if wanted.source is LATENTS:
         is_there[LATENTS] = True  # so that its loading names what is missing
@@ -366,24 +474,35 @@ def _command(source: Source, gan: runs.TrainedGAN) -> str:
 
 def _score_batches(
     split: str,
-    image_set: images.ImageSet,
     loaded: dict[Source, Any],
     present: list[Score],
-    drawn: Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor | None]],
+    drawn: Iterator[tuple[patches.Patches, torch.Tensor, torch.Tensor | None]],
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The scores that are worked out from a split's images, which come as `latents.drawn` yields them: each (N,).
 
-    Also returns the positions (N,) of the images that could be read. Raises InputError if there are none.
+    Also returns the positions (N,) of the pictures that could be read. Raises InputError if there are none.
     """
-    direct = [score for score in present if not score.parts]
-    found: dict[str, list[np.ndarray]] = {score.name: [] for score in direct}
-    readable = []
-    for rows, x, generated in drawn:
-        readable.append(rows)
-        batch = Batch(split, rows, x, generated)
+    direct = [score for score in present if not score.parts and score.of != "map"]
+    of_maps = [score for score in present if score.of == "map"]
+    values: dict[str, list[np.ndarray]] = {score.name: [] for score in direct if score.is_main}
+    by_name: dict[str, Any] = {score.name: [] for score in of_maps}
+    rows, stitching = [np.empty(0, np.int64)], patches.Stitching()
+    for some, x, generated in drawn:
+        rows.append(some.row)
+        batch = Batch(split, some, x, generated)
         for score in direct:
-            values = score.function(loaded[score.source], batch)
-            found[score.name].append(values.cpu().numpy() if isinstance(values, torch.Tensor) else values)
-    if not sum(map(len, readable)):
+            if score.is_main:
+                of_batch = score.function(loaded[score.source], batch)
+                values[score.name].append(of_batch.cpu().numpy() if isinstance(of_batch, torch.Tensor) else of_batch)
+        if of_maps:
+            for _, of_picture in stitching.add(some, heatmaps.difference(x, generated)):
+                heat = heatmaps.smoothed(of_picture[0], x.shape[-1])
+                for score in of_maps:
+                    by_name[score.name].append(score.function(loaded[score.source], heat))
+    rows = np.concatenate(rows)
+    if len(rows) == 0:
         raise InputError(f"none of the images of the split {split} can be read")
-    return {name: np.concatenate(parts) for name, parts in found.items()}, np.concatenate(readable)
+    for score in direct:
+        main = score.name.removesuffix(f"_{score.pool}")
+        by_name[score.name] = pooled(np.concatenate(values[main]), rows, score.pool)
+    return {score.name: np.array(by_name[score.name]) for score in present if not score.parts}, np.unique(rows)

@@ -82,8 +82,8 @@ class Verdict:
     threshold: float  # above which images are flagged; infinite if there are too few normals for it, or with an fdr
     p_value: dict[str, np.ndarray]  # (N,) each
     flagged: dict[str, np.ndarray]  # (N,) bool each
-    level: float  # of heatmaps.difference: at most a share alpha of normals has a pixel that passes it
-    brightest: float  # the largest difference among validation normals
+    level: float  # of a heat map: at most a share alpha of normals has a pixel that passes it
+    brightest: float  # the difference from which on a heat map has its brightest colour
     normals: int  # how many validation normals it compares with
 
 
@@ -94,6 +94,9 @@ def decide(
 
     Flags are those of `flags`; with `fdr` no threshold belongs to them. Where nothing was searched, nothing is marked.
     """
+    level = threshold(normals["peak"], alpha) if "peak" in normals else math.inf
+    # by the level, not by the largest difference of any normal: a single odd picture would make every other map black
+    largest = float(normals["peak"].max()) if "peak" in normals else 1.0
     p_value = {name: p_values(split.scores[score], normals[score]) for name, split in scored.items()}
     return Verdict(
         score=score,
@@ -102,8 +105,8 @@ def decide(
         threshold=threshold(normals[score], alpha) if fdr is None else math.inf,
         p_value=p_value,
         flagged={name: flags(values, alpha, fdr) for name, values in p_value.items()},
-        level=threshold(normals["peak"], alpha) if "peak" in normals else math.inf,
-        brightest=float(normals["peak"].max()) if "peak" in normals else 1.0,
+        level=level,
+        brightest=2 * level if math.isfinite(level) else largest,
         normals=len(normals[score]),
     )
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim import Adam
 
 import util
-from anogan import images, runs
+from anogan import runs
 from anogan.loop import Loop, detector_training, prepare, sample_grid
 from anogan.scores import Score, Source
 from network import Discriminator, Encoder, Generator, initialise_weights
@@ -31,7 +31,7 @@ CURVES = {
     "Adversarial losses": {"loss_d": "D loss", "adversarial": "AE loss"},
 }
 # What a checkpoint must share with the GAN
-SAME = ("training_images", "image_size", "image_channels", "latent_dim", "ngf", "ndf")
+SAME = (*runs.SAME_IMAGES, "latent_dim", "ngf", "ndf")
 
 
 @dataclass
@@ -126,7 +126,7 @@ def main(config: Config) -> Path:
         optimizers = tuple(prepare(network, training.config, gan.device) for network in (autoencoder, discriminator))
         parts = {"autoencoder": autoencoder, "discriminator": discriminator}
         parts |= {"optimizer_a": optimizers[0], "optimizer_d": optimizers[1]}
-        shown = images.to_model(training.images[:64])
+        shown = gan.to_model(training.pictures.some(64))
         draw = partial(sample_grid, autoencoder, lambda: autoencoder(shown))
         with Loop(training, parts, CURVES, draw) as loop:
             train(loop, loop.share(autoencoder), loop.share(discriminator), optimizers, config.l1_weight)

@@ -24,8 +24,8 @@ from sklearn.neighbors import KernelDensity
 from sklearn.svm import OneClassSVM
 
 import util
-from anogan import files, images, latents, loading, runs
-from anogan.scores import Batch, ImageSets, Score, Source
+from anogan import files, images, latents, runs
+from anogan.scores import Batch, ImageSets, Score, Source, pooled
 
 COMMAND = "python -m detectors.baselines"
 LABELS = {
@@ -33,6 +33,7 @@ LABELS = {
     "kde": "kernel density of pixels",
     "isolation_forest": "isolation forest on pixels",
 }
+PATCHES = 5000  # that they learn from, of a GAN of patches: the one-class SVM takes the square of their number
 Stored = dict[str, dict[str, np.ndarray]]  # by split and name: the scores of its images (N,)
 
 
@@ -48,9 +49,9 @@ class Config:
     skip_unreadable: bool = False  # go on without the images that cannot be read
 
 
-def to_vectors(pixels: torch.Tensor) -> np.ndarray:
-    """uint8 images (N, C, H, W) to vectors (N, C * H * W) in [-1, 1]."""
-    return images.to_model(pixels).flatten(1).numpy()
+def to_vectors(x: torch.Tensor) -> np.ndarray:
+    """Images or patches (N, C, H, W) to vectors (N, C * H * W)."""
+    return x.flatten(1).numpy()
 
 
 def choose_bandwidth(vectors: np.ndarray, seed: int) -> KernelDensity:
@@ -77,13 +78,25 @@ def fit_baseline(name: str, vectors: np.ndarray, config: Config) -> BaseEstimato
     return IsolationForest(n_estimators=config.trees, random_state=config.seed).fit(vectors)
 
 
-def load_split(gan: runs.TrainedGAN, split: str, skip_unreadable: bool) -> tuple[np.ndarray, images.ImageSet]:
-    """Vectors (N, D) of a split's images, and which they are. Raises InputError if none can be read."""
+def scores_of_split(
+    gan: runs.TrainedGAN, split: str, models: dict[str, BaseEstimator], pca: PCA, skip_unreadable: bool
+) -> tuple[dict[str, np.ndarray], images.ImageSet]:
+    """The scores (N,) of a split's pictures, of the worst patch where there are several; and which pictures they are.
+
+    Raises InputError if none can be read.
+    """
     image_set = runs.open_split(gan, split)
-    pixels, image_set = loading.load_images(image_set, gan.view, skip_unreadable)
-    if len(image_set) == 0:
+    of_patches, rows = {name: [] for name in models}, []
+    for some, x, _ in latents.drawn(gan, image_set, None, 1024, skip_unreadable, quiet=False):
+        components = pca.transform(to_vectors(x))
+        rows.append(some.row)
+        for name, model in models.items():
+            of_patches[name].append(-model.score_samples(components))
+    if not rows:
         raise util.InputError(f"the split {split} of {gan.dataset} holds no image that can be read")
-    return to_vectors(pixels), image_set
+    row = np.concatenate(rows)
+    found = {name: pooled(np.concatenate(values), row, Score.pool) for name, values in of_patches.items()}
+    return found, image_set.take(np.unique(row))
 
 
 def read(gan: runs.TrainedGAN, image_sets: ImageSets) -> Stored:
@@ -123,7 +136,7 @@ def stored_score(name: str, stored: Stored, batch: Batch) -> np.ndarray:
 
 BASELINES = Source("baselines-{split}.npz", COMMAND, read, scores_unlabelled=False)
 SCORES = tuple(
-    Score(name, label, BASELINES, partial(stored_score, name), colour)
+    Score(name, label, BASELINES, partial(stored_score, name), colour, of="picture")
     for (name, label), colour in zip(LABELS.items(), ("tab:brown", "tab:pink", "tab:gray"), strict=True)
 )
 
@@ -141,7 +154,8 @@ def main(config: Config) -> Path:
     with runs.run_folder(run_dir):
         gan = runs.load_gan(run_dir, torch.device("cpu"), config.dataset)
         print(f"run: {run_dir}   normal class: {gan.normal_class}")
-        vectors, _ = load_split(gan, "train", config.skip_unreadable)
+        training = runs.images_of_gan(gan, config.skip_unreadable)
+        vectors = to_vectors(gan.to_model(training.some(len(training) if not gan.view.has_patches else PATCHES)))
         if (vectors == vectors[0]).all():
             raise util.InputError(
                 f"the {len(vectors)} training images that can be read are all the same, and the baselines need two "
@@ -152,9 +166,7 @@ def main(config: Config) -> Path:
         print(f"{len(components)} training images, {pca.n_components_} principal components")
         models = {name: fit_baseline(name, components, config) for name in LABELS}
         for split in config.splits:
-            vectors, image_set = load_split(gan, split, config.skip_unreadable)
-            components = pca.transform(vectors)
-            scores = {name: -model.score_samples(components) for name, model in models.items()}
+            scores, image_set = scores_of_split(gan, split, models, pca, config.skip_unreadable)
             about = {"index": image_set.index, "source": image_set.source, "split": split, "gan": gan.fingerprint}
             files.write_arrays(run_dir / f"baselines-{split}.npz", **scores, **about)
         facts = {"bandwidth": float(models["kde"].bandwidth), "principal_components": int(pca.n_components_)}

@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim import Adam
 
 import util
-from anogan import images, runs
+from anogan import runs
 from anogan.loop import Loop, detector_training, prepare, sample_grid
 from anogan.scores import Score, Source
 from network import Encoder, initialise_weights
@@ -99,7 +99,7 @@ def main(config: Config) -> Path:
     with detector_training(config, COMMAND, "encoder.pt", load, SAME) as (gan, training):
         encoder = build(gan).apply(initialise_weights)
         optimizer = prepare(encoder, training.config, gan.device)
-        shown = images.to_model(training.images[:64])
+        shown = gan.to_model(training.pictures.some(64))
         parts = {"encoder": encoder, "optimizer": optimizer}
         draw = partial(sample_grid, encoder, lambda: gan.generator(encoder(shown)))
         with Loop(training, parts, CURVES, draw) as loop:

@@ -24,14 +24,15 @@ from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, normalize, p
 from torch.optim import Adam
 
 import util
-from anogan import files, images, loading, processes, runs
+from anogan import files, processes, runs
 from anogan.loop import Loop, detector_training, prepare
+from anogan.pictures import Pictures
 from anogan.scores import Score, Source
 from network import channel_multipliers, downward_ladder, initialise_weights
 
 COMMAND = "python -m detectors.rotnet"
 CURVES = {"Cross-entropy with the turn": {"loss": "loss"}, "Share of turns told right": {"accuracy": "accuracy"}}
-SAME = ("training_images", "image_size", "image_channels", "ndf")  # what a checkpoint must share with the GAN
+SAME = (*runs.SAME_IMAGES, "ndf")  # what a checkpoint must share with the GAN
 MEMORY = 5000  # training images at most that the scores compare with; at 64x64 with ndf 64 they take 250 MB
 
 
@@ -232,20 +233,19 @@ def combined(parts: list[np.ndarray], of_validation: list[np.ndarray], weights: 
 
 
 @torch.no_grad()
-def remember(gan: runs.TrainedGAN, pixels: torch.Tensor | None = None) -> tuple[RotNet, NormalFeatures]:
-    """RotNet, and what it makes of MEMORY training images, evenly spaced if there are more.
+def remember(gan: runs.TrainedGAN, training: Pictures | None = None) -> tuple[RotNet, NormalFeatures]:
+    """RotNet, and what it makes of MEMORY training images or patches, evenly spaced if there are more.
 
-    The run folder keeps it, so that the training images are needed once, uint8 `pixels` (N, C, H, W), which by default
-    are read. Raises InputError if they have changed by then, or as `load` does.
+    The run folder keeps it, so that the training images are needed once, by default read from the data set. Raises
+    InputError if they have changed by then, or as `load` does.
     """
     trained, path = load(gan), gan.run_dir / "rotnet-normals.npz"
     kept = _read_normals(path, trained.fingerprint)
     if kept is None:
-        pixels = runs.images_of_gan(gan, skip_unreadable=True) if pixels is None else pixels
-        rows = images.evenly_spaced(len(pixels), MEMORY)
-        parts = (pixels[rows[part]] for part in loading.chunks(range(len(rows)), 256))
+        training = runs.images_of_gan(gan, skip_unreadable=True) if training is None else training
         with util.full_precision():
-            normal = normal_features(trained.network, (images.to_model(part, gan.device) for part in parts))
+            parts = map(gan.to_model, training.some(MEMORY).split(256))
+            normal = normal_features(trained.network, parts)
         kept = {name: value.cpu().numpy() for name, value in vars(normal).items()}
         files.write_arrays(path, **kept, rotnet=trained.fingerprint)
     return trained.network, NormalFeatures(**{name: torch.from_numpy(kept[name]).to(gan.device) for name in kept})
@@ -317,7 +317,7 @@ def main(config: Config) -> Path:
         with Loop(training, {"rotnet": rotnet, "optimizer": optimizer}, CURVES) as loop:
             train(loop, loop.share(rotnet), optimizer)
         if processes.rank() == 0:
-            remember(gan, training.images)
+            remember(gan, training.pictures)
         print(f"next: python evaluate.py --run-dir {util.quoted(gan.run_dir)}")
         return gan.run_dir
 
