@@ -204,7 +204,7 @@ def pixel_sentences(found: dict) -> str:
     if of["marked_unseen"]:
         lines.append(
             f"{of['marked_unseen']:.1%} of the marked pixels, and {of['masks_unseen']} masks entirely, lie outside the "
-            "centre square, which is all that the network sees: crop the pictures to the part that matters"
+            "centre square, which is all that the networks see: train with --fit stretch or pad, or --picture-size own"
         )
     return "\n".join(lines)
 

@@ -163,6 +163,13 @@ def advice(test: ScoredSplit, verdict: Verdict, metrics: dict[str, dict[str, Any
         lines.append(f"{small}python fit_latent.py {run_dir}, then {again} --score peak")
     elif verdict.score != "peak" and is_good("peak"):
         lines.append(f"{small}{again} --score peak")
-    lines.append(f"- for small defects that cannot be seen at {size}x{size}: train_gan.py with a larger --image-size")
+    view = test.gan.view
+    if not view.has_patches:
+        lines.append(
+            f"- for small defects that cannot be seen at {size}x{size}: train_gan.py --picture-size own, for patches of "
+            "the whole picture"
+        )
+    elif view.picture_size != "own":
+        lines.append("- for small defects: train_gan.py with a larger --picture-size, or own")
     lines.append("- for all else: docs/own-pictures.md")
     return lines
