@@ -166,8 +166,8 @@ def advice(test: ScoredSplit, verdict: Verdict, metrics: dict[str, dict[str, Any
     view = test.gan.view
     if not view.has_patches:
         lines.append(
-            f"- for small defects that cannot be seen at {size}x{size}: train_gan.py --picture-size own, for patches of "
-            "the whole picture"
+            f"- for small defects that cannot be seen at {size}x{size}: train_gan.py --picture-size own, for patches "
+            "of the whole picture"
         )
     elif view.picture_size != "own":
         lines.append("- for small defects: train_gan.py with a larger --picture-size, or own")

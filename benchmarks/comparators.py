@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import tyro
 from matplotlib.axes import Axes
@@ -75,7 +74,7 @@ def fit_baselines(gan: runs.TrainedGAN, config: baselines.Config) -> tuple[dict[
     Each needs the principal components: their seconds count for all three.
     """
     device = torch.device("cpu")
-    vectors, _ = baselines.load_split(gan, "train", config.skip_unreadable)
+    vectors = baselines.training_vectors(gan, config.skip_unreadable)
     pca = PCA(config.variance, svd_solver="full")
     pca_seconds, components = measure.timed(lambda: pca.fit(vectors).transform(vectors), device)
     seconds, fitted = {}, {}
@@ -114,11 +113,12 @@ def search_like(gan: runs.TrainedGAN, search: dict[str, Any], x: torch.Tensor) -
     return work
 
 
-def score_by(gan: runs.TrainedGAN, name: str, test: images.ImageSet, x: torch.Tensor) -> Callable[[], None]:
-    """Work that can be timed: a score that needs no search, of test images x (N, C, H, W) in [-1, 1]."""
-    score, positions, size = DECLARED[name], np.arange(len(x)), evaluate.Config().batch_size
+def score_by(gan: runs.TrainedGAN, name: str, test: images.ImageSet) -> Callable[[], None]:
+    """Work that can be timed: a score that needs no search, of test images, which are decoded before."""
+    score = DECLARED[name]
     loaded = score.source.load(gan, {"test": test})
-    batches = [Batch("test", positions[i : i + size], x[i : i + size], None) for i in range(0, len(x), size)]
+    drawn = latents.drawn(gan, test, None, evaluate.Config().batch_size)
+    batches = [Batch("test", some, x, None) for some, x, _ in drawn]
 
     def work() -> None:
         for batch in batches:
@@ -138,10 +138,10 @@ def scoring_seconds(
     test = runs.open_split(gan, "test")
     test = test.take(images.stratified_subset(test.label, count, seed=0))
     pixels, test = loading.load_images(test, gan.view, skip_unreadable=True)
-    x, vectors = images.to_model(pixels, gan.device), baselines.to_vectors(pixels)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = gan.to_model(pixels)
+    vectors = baselines.to_vectors(x)
     seconds = {name: measure.timed(search_like(gan, search, x), gan.device)[0] for name, search in searches.items()}
-    direct = {name: score_by(gan, name, test, x) for name in DIRECT}
+    direct = {name: score_by(gan, name, test) for name in DIRECT}
     direct |= {name: partial(model.score_samples, vectors) for name, model in fitted.items()}
     for name, work in direct.items():
         seconds[name] = statistics.median(measure.timed(work, gan.device)[0] for _ in range(REPEATS))

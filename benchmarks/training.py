@@ -25,7 +25,7 @@ from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTen
 
 import train_gan
 import util
-from anogan import files, images, loading, loop, plots
+from anogan import files, images, loop, pictures, plots
 from anogan.decoding import View
 from benchmarks import measure
 from network import Discriminator, Generator, initialise_weights
@@ -76,9 +76,9 @@ def usual_steps(image_set: images.ImageSet, config: Config, device: torch.device
     generator, discriminator = networks(config, device)
     optimizer_g = Adam(generator.parameters(), lr=2e-4, betas=BETAS, weight_decay=1e-5)
     optimizer_d = Adam(discriminator.parameters(), lr=2e-4, betas=BETAS, weight_decay=1e-5)
-    pictures = Pictures(image_set, config.image_size)
-    endless = RandomSampler(pictures, replacement=True, num_samples=2**40)  # or workers start anew at every epoch
-    for real in DataLoader(pictures, config.batch_size, sampler=endless, num_workers=2):
+    dataset = Pictures(image_set, config.image_size)
+    endless = RandomSampler(dataset, replacement=True, num_samples=2**40)  # or workers start anew at every epoch
+    for real in DataLoader(dataset, config.batch_size, sampler=endless, num_workers=2):
         real = real.to(device)
         fake = generator(torch.randn(len(real), 128, device=device))
         loss_d = util.discriminator_loss(discriminator(real), discriminator(fake.detach()))
@@ -109,14 +109,16 @@ class Turns:
 
 
 def our_training(
-    pixels: torch.Tensor, precision: str, config: Config, device: torch.device
+    seen: pictures.Pictures, precision: str, config: Config, device: torch.device
 ) -> tuple[Callable[[], None], list[torch.Tensor]]:
     """A turn of the loop of train_gan.py, and the losses that it adds to."""
     ours = train_gan.Config(batch_size=config.batch_size, generator_steps=3)
     generator, discriminator = networks(config, device)
     optimizers = loop.prepare(generator, ours, device), loop.prepare(discriminator, ours, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    turns = Turns(loop.real_batches(pixels, config.batch_size, config.seed), config.steps, autocast)
+    batches = (images.to_model(batch, device) for batch in loop.real_batches(seen, config.batch_size, config.seed))
+    batches = (x.contiguous(memory_format=torch.channels_last) for x in batches)
+    turns = Turns(batches, config.steps, autocast)
     settings = (generator, discriminator, optimizers, ours.latent_dim, ours.generator_steps)
     return partial(train_gan.train, turns, *settings), turns.losses
 
@@ -125,13 +127,13 @@ def main(config: Config) -> None:
     """Let the loops take turns; print, write the JSON file, draw the curves."""
     device = util.pick_device(config.device)
     image_set = images.open_split(config.dataset, "train", config.normal_class)
-    pixels = loading.load_images(image_set, View(config.image_size, 3))[0].to(device)
-    if len(pixels) < config.batch_size:
-        raise util.InputError(f"{len(pixels)} training images are less than a batch: lower --batch-size")
+    seen = pictures.load(image_set, View(config.image_size, 3))
+    if len(seen) < config.batch_size:
+        raise util.InputError(f"{len(seen)} training images are less than a batch: lower --batch-size")
     about = {
         "dataset": config.dataset,
         "normal_class": image_set.classes[image_set.label[0]],
-        "training_images": len(pixels),
+        "training_images": len(seen),
         "image_size": config.image_size,
         "ngf": config.ngf,
         "batch_size": config.batch_size,
@@ -145,7 +147,7 @@ def main(config: Config) -> None:
     turns = {"usual loop": (lambda: usual_losses.extend(islice(usual, config.steps)), image_steps, "fp32")}
     losses: dict[str, list] = {"usual loop": usual_losses}
     for precision in dict.fromkeys(("fp32", util.pick_precision("auto", device))):  # bf16 too where it is faster
-        turn, losses[f"ours, {precision}"] = our_training(pixels, precision, config, device)
+        turn, losses[f"ours, {precision}"] = our_training(seen, precision, config, device)
         turns[f"ours, {precision}"] = (turn, image_steps, precision)
     table = measure.take_turns(turns, config.repeats, device)
     for row in table.values():

@@ -78,6 +78,12 @@ def fit_baseline(name: str, vectors: np.ndarray, config: Config) -> BaseEstimato
     return IsolationForest(n_estimators=config.trees, random_state=config.seed).fit(vectors)
 
 
+def training_vectors(gan: runs.TrainedGAN, skip_unreadable: bool) -> np.ndarray:
+    """The training images, or PATCHES of them, as vectors (N, D)."""
+    training = runs.images_of_gan(gan, skip_unreadable)
+    return to_vectors(gan.to_model(training.some(PATCHES if gan.view.has_patches else len(training))))
+
+
 def scores_of_split(
     gan: runs.TrainedGAN, split: str, models: dict[str, BaseEstimator], pca: PCA, skip_unreadable: bool
 ) -> tuple[dict[str, np.ndarray], images.ImageSet]:
@@ -154,8 +160,7 @@ def main(config: Config) -> Path:
     with runs.run_folder(run_dir):
         gan = runs.load_gan(run_dir, torch.device("cpu"), config.dataset)
         print(f"run: {run_dir}   normal class: {gan.normal_class}")
-        training = runs.images_of_gan(gan, config.skip_unreadable)
-        vectors = to_vectors(gan.to_model(training.some(len(training) if not gan.view.has_patches else PATCHES)))
+        vectors = training_vectors(gan, config.skip_unreadable)
         if (vectors == vectors[0]).all():
             raise util.InputError(
                 f"the {len(vectors)} training images that can be read are all the same, and the baselines need two "

@@ -195,8 +195,8 @@ def test_two_processes_average_their_gradients(trained: Path) -> None:
         assert [code for code, _ in done] == [0, 0], done
 
     gan = runs.load_gan(trained, CPU)
-    pixels = runs.images_of_gan(gan, count=2)
-    batches = [loop.real_batches(pixels, 8, 0, 0, rank, 2) for rank in range(2)]
+    seen = runs.images_of_gan(gan)
+    batches = [map(to_model, loop.real_batches(seen, 8, 0, 0, rank, 2)) for rank in range(2)]
     torch.manual_seed(0)
     encoders = [Encoder(32, 1, 8, 4).apply(initialise_weights)]
     encoders.append(copy.deepcopy(encoders[0]))

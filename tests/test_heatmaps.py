@@ -7,20 +7,25 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Resize
 
 from anogan import heatmaps, scores
+from anogan.decoding import View
 
 
 def test_difference_by_hand() -> None:
     x = torch.full((2, 3, 64, 64), 0.5)
     generated = x.clone()
     assert heatmaps.difference(x, generated).abs().max() == 0
+
+    def found_heats() -> list[np.ndarray]:
+        return [heatmaps.smoothed(each[0], 64) for each in heatmaps.difference(x, generated)]
+
     generated[1] = -1
     generated[0, :, 20:40, 10:30] += torch.tensor([0.3, -0.3, 0.0])[:, None, None]  # colours do not cancel
-    found = heatmaps.difference(x, generated)
+    found = np.array(found_heats())
     assert found.shape == (2, 64, 64)
-    torch.testing.assert_close(found[1], torch.full((64, 64), 0.75))  # of a range of 2, 1.5
+    np.testing.assert_allclose(found[1], np.full((64, 64), 0.75), rtol=1e-6)  # of a range of 2, 1.5
     assert found[0, 30, 20] == pytest.approx(0.1, abs=1e-3)  # far inside the patch, a mean of 0.2 in a range of 2
     assert found[0, 20, 20] == pytest.approx(0.05, abs=0.015) and found[0, 55, 50] == 0  # half at its edge, 0 far away
-    assert scores.peak(x, generated).tolist() == pytest.approx([0.1, 0.75], abs=1e-3)
+    assert [scores.peak(heat) for heat in found] == pytest.approx([0.1, 0.75], abs=1e-3)
 
 
 def test_a_small_patch_raises_the_peak_more_than_the_residual() -> None:
@@ -28,7 +33,8 @@ def test_a_small_patch_raises_the_peak_more_than_the_residual() -> None:
     x = torch.zeros(1, 1, 64, 64)
     spotted = x.clone()
     spotted[..., 30:34, 30:34] = 0.8
-    plain, spot = (scores.peak(each, noise).item() for each in (x, spotted))
+    heats = [heatmaps.smoothed(heatmaps.difference(each, noise)[0, 0], 64) for each in (x, spotted)]
+    plain, spot = map(scores.peak, heats)
     residual = [(each - noise).abs().sum().item() for each in (x, spotted)]
     assert spot > 3 * plain and residual[1] < 1.1 * residual[0]
 
@@ -37,7 +43,7 @@ def test_a_small_patch_raises_the_peak_more_than_the_residual() -> None:
 def test_the_window_is_what_the_network_sees(size: tuple[int, int]) -> None:
     """A dot of the network's image lands where it came from in the picture, to within a pixel of the network's."""
     width, height = size
-    left, top, right, bottom = heatmaps.window(size)
+    left, top, right, bottom = View(32, 1).window(size)
     assert right - left == bottom - top == min(size)
     assert abs(left - (width - right)) <= 1 and abs(top - (height - bottom)) <= 1
     across, down = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
@@ -50,14 +56,15 @@ def test_the_window_is_what_the_network_sees(size: tuple[int, int]) -> None:
 
 
 def test_at_own_size() -> None:
-    heat = torch.zeros(32, 32)
+    heat = np.zeros((32, 32), np.float32)
     heat[8, 24] = 1
-    whole = heatmaps.at_own_size(heat, (320, 160))
+    whole = heatmaps.at_own_size(heat, (320, 160), View(32, 1))
     assert whole.shape == (160, 320)
     assert np.isnan(whole[:, :80]).all() and np.isnan(whole[:, 240:]).all() and np.isfinite(whole[:, 80:240]).all()
     row, column = np.unravel_index(np.nanargmax(whole), whole.shape)
     assert abs(row - 8.5 * 5) <= 2.5 and abs(column - (80 + 24.5 * 5)) <= 2.5
-    assert heatmaps.at_own_size(heat, (16, 16)).max() < 1  # a picture smaller than the network's is averaged
+    # a picture smaller than the network's is averaged
+    assert heatmaps.at_own_size(heat, (16, 16), View(32, 1)).max() < 1
 
 
 def test_colours_and_marks() -> None:
@@ -74,11 +81,24 @@ def test_colours_and_marks() -> None:
 
 
 def test_panels() -> None:
-    x, generated = torch.tensor([-1.0, 1.0])[:, None, None, None].expand(-1, 1, 8, 8), torch.zeros(2, 1, 8, 8)
-    heat = torch.zeros(2, 8, 8)
-    heat[1, 0, 0] = 0.5
-    real, drawn, colours, marked = heatmaps.panels(x, generated, heat, level=0.4, brightest=0.5)
-    assert {part.shape for part in (real, drawn, colours, marked)} == {(2, 8, 8, 3)}
-    assert (real[0] == 0).all() and (real[1] == 255).all() and (drawn == 128).all()
-    assert (marked[0] == 0).all() and marked[1, 0, 0].tolist() == [255, 102, 102] and (marked[1, 1] == 255).all()
-    assert colours[1, 0, 0].sum() > 500 > colours[1, 1, 1].sum()
+    black, white, grey = (np.full((8, 8, 3), level, np.uint8) for level in (0, 255, 128))
+    heat = np.zeros((8, 8), np.float32)
+    heat[0, 0] = 0.5
+    real, drawn, colours, marked = heatmaps.panels(white, grey, heat, level=0.4, brightest=0.5, longest=8)
+    assert {part.shape for part in (real, drawn, colours, marked)} == {(8, 8, 3)}
+    assert (real == 255).all() and (drawn == 128).all()
+    assert marked[0, 0].tolist() == [255, 102, 102] and (marked[1] == 255).all()
+    assert colours[0, 0].sum() > 500 > colours[1, 1].sum()
+    assert (heatmaps.panels(black, grey, 0 * heat, 0.4, 0.5, 8)[3] == 0).all()
+
+
+def test_a_thin_defect_is_seen_in_a_reduced_panel() -> None:
+    picture, heat = np.zeros((200, 100, 3), np.uint8), np.zeros((200, 100), np.float32)
+    heat[:, 50] = 0.5
+    marked = heatmaps.panels(picture, picture, heat, level=0.4, brightest=0.5, longest=20)[3]
+    assert marked.shape == (20, 10, 3) and (marked[:, 5] == [153, 0, 0]).all() and (marked[:, :5] == 0).all()
+
+
+def test_rgb() -> None:
+    x = torch.tensor([-1.0, 0.0, 1.0])[None, None]  # (1, 1, 3)
+    assert heatmaps.to_rgb(x).tolist() == [[[0] * 3, [128] * 3, [255] * 3]]

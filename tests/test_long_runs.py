@@ -319,7 +319,7 @@ def test_flipped_bytes(whole: Path, trained: Path) -> None:
                     assert_same(*(torch.load(at / name, weights_only=True) for at in (trained, whole)))
                 else:
                     found = latents.read_latents(trained / name, "test", gan)
-                    for key in latents.PER_IMAGE:
+                    for key in (*latents.PER_PICTURE, *latents.PER_PATCH):
                         np.testing.assert_array_equal(found[key], expected[key])
             except util.InputError:
                 refused += 1

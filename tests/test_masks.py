@@ -233,7 +233,7 @@ def test_the_page_of_a_mask_is_that_of_its_picture(tmp_path: Path) -> None:
 
 
 def test_what_the_network_does_not_see_is_counted() -> None:
-    heat = heatmaps.at_own_size(torch.ones(4, 4), (60, 40))  # sees columns 10 to 50
+    heat = heatmaps.at_own_size(np.ones((4, 4), np.float32), (60, 40), View(4, 1))  # sees columns 10 to 50
     outside, across = np.zeros((2, 40, 60), bool)
     outside[:10, :10] = across[:10, 5:25] = True
     found = pixel_figures([(heat, outside), (heat, across)], 0.5)
@@ -257,17 +257,17 @@ def test_images_without_a_mask_are_left_out_and_counted(tmp_path: Path) -> None:
     test = images.open_dataset(str(tmp_path), "test")
     class_name = np.array(test.classes)[test.label]
 
-    def drawn(rows: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
-        for batch in np.array_split(rows, 2):
-            x, _ = loading.load_images(test.take(batch), View(48, 1))
-            yield batch, images.to_model(x), torch.full((len(batch), 1, 48, 48), 100 / 127.5 - 1)
+    def heats(rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        x, _ = loading.load_images(test.take(rows), View(48, 1))
+        for row, heat in zip(rows, heatmaps.difference(images.to_model(x), torch.tensor(100 / 127.5 - 1)), strict=True):
+            yield row, heatmaps.smoothed(heat[0], 48)
 
     split = SimpleNamespace(
         gan=SimpleNamespace(dataset=str(tmp_path), view=View(48, 1)),
         images=test,
         is_anomaly=class_name != "good",
         class_name=class_name,
-        drawn=drawn,
+        heats=heats,
     )
     threshold = {"alpha": 0.05, "validation_images": 4}
     found = pixel_metrics(split, 0.2)
@@ -282,7 +282,7 @@ def test_images_without_a_mask_are_left_out_and_counted(tmp_path: Path) -> None:
         "000.png, with any picture's ending",
         "left out for an empty mask: 1 (ground_truth/bad/002_mask.png)",
         "16.7% of the marked pixels, and 0 masks entirely, lie outside the centre square, which is all that the "
-        "network sees: crop the pictures to the part that matters",
+        "networks see: train with --fit stretch or pad, or --picture-size own",
     ]
     found = pixel_metrics(split, np.inf)
     assert found["regions_found"] is None

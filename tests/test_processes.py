@@ -19,10 +19,9 @@ from torch.nn.functional import logsigmoid
 
 import train_gan
 import util
-from anogan import loop, runs
+from anogan import loop, pictures, runs
 from anogan.decoding import View
-from anogan.images import open_split
-from anogan.loading import load_images
+from anogan.images import open_split, to_model
 from network import Discriminator, Generator, initialise_weights
 
 TRAIN = ["train_gan.py", "--dataset", "digits", "--checkpoint-every", "25", "--precision", "fp32", *TINY]
@@ -57,7 +56,7 @@ def test_gradients_are_averaged(tmp_path: Path) -> None:
     found = torch.load(tmp_path / RUN / "gan.pt", weights_only=True)
 
     config = train_gan.Config(latent_dim=8)
-    pixels = load_images(open_split("digits", "train", "1"), View(32, 1))[0]
+    seen = pictures.load(open_split("digits", "train", "1"), View(32, 1))
     torch.manual_seed(0)
     generators = [Generator(32, 1, 8, 4).apply(initialise_weights)]
     discriminators = [Discriminator(32, 1, 4).apply(initialise_weights)]
@@ -79,7 +78,7 @@ def test_gradients_are_averaged(tmp_path: Path) -> None:
             optimizers[network].step()
 
     random = [torch.Generator(), torch.Generator()]
-    batches = [loop.real_batches(pixels, 8, 0, 0, rank, 2) for rank in range(2)]
+    batches = [map(to_model, loop.real_batches(seen, 8, 0, 0, rank, 2)) for rank in range(2)]
     for number, reals in enumerate(islice(zip(*batches, strict=False), 6)):
         for rank in range(2):
             random[rank].manual_seed(util.seed_of(0, loop.NOISE, number, rank))

@@ -16,7 +16,7 @@ from conftest import Batches, read_scores
 from sklearn.covariance import LedoitWolf
 from torch import nn
 
-from anogan import loop, runs
+from anogan import loop, pictures, runs
 from anogan.decoding import View
 from anogan.images import open_split, to_model
 from anogan.loading import load_images
@@ -136,11 +136,11 @@ def test_recoloured_images_keep_their_shapes() -> None:
 
 def test_rotnet_learns_to_tell_turns() -> None:
     """On digits that it has not seen, a turn is told far better than by chance, with RotNet as the scores use it."""
-    train_images, _ = load_images(open_split("digits", "train", "7"), View(32, 1))
+    training = pictures.load(open_split("digits", "train", "7"), View(32, 1))
     validation = to_model(load_images(open_split("digits", "validation", "7"), View(32, 1))[0])
     torch.manual_seed(0)
     rotnet = RotNet(32, 1, 8).apply(initialise_weights)
-    batches = Batches(islice(loop.real_batches(train_images, 32, seed=0), 120))
+    batches = Batches(islice(map(to_model, loop.real_batches(training, 32, seed=0)), 120))
     method.train(batches, rotnet, loop.prepare(rotnet, method.Config(), CPU))
     assert batches.rows[-1]["loss"] < 0.5 * batches.rows[0]["loss"]
     before = copy.deepcopy(rotnet).eval()(validation)

@@ -22,7 +22,9 @@ import fit_latent
 import train_gan
 import util
 from anogan import loop, runs
+from anogan.decoding import View
 from anogan.images import ImageSet, to_model
+from anogan.pictures import Pictures
 from network import Discriminator, Generator, initialise_weights
 
 
@@ -138,9 +140,9 @@ def test_bf16_and_compile_train_the_same(
 
 def seen_by_training(first_step: int, count: int, **where: int) -> list[list[int]]:
     """Which of ten numbered images the batches of training hold, from `first_step` on."""
-    images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 1, 2, 2)
-    batches = islice(loop.real_batches(images, seed=0, first_step=first_step, **where), count)
-    return [batch[:, 0, 0, 0].add(1).mul(127.5).round().int().tolist() for batch in batches]
+    numbered = Pictures(np.arange(10, dtype=np.uint8).repeat(4), np.full((10, 2), 2), View(2, 1))
+    batches = islice(loop.real_batches(numbered, seed=0, first_step=first_step, **where), count)
+    return [batch[:, 0, 0, 0].tolist() for batch in batches]
 
 
 def test_an_epoch_is_a_shuffle_and_a_batch_is_left_out_rather_than_cut() -> None:

@@ -111,11 +111,11 @@ def test_an_image_that_became_unreadable_shifts_no_other(tmp_path: Path, run_her
     after = scores.score_run(gan, image_sets, evaluate.SCORES, request)["test"]
     kept = np.arange(8) != 1
     assert after.images.source.tolist() == before.images.source[kept].tolist()
-    np.testing.assert_array_equal(after.z, before.z[kept])
+    np.testing.assert_array_equal(after.latents["z"], before.latents["z"][kept])
     for name, values in after.scores.items():
         np.testing.assert_allclose(values, before.scores[name][kept], rtol=1e-5)
-    _, drawn = after.real_and_generated(np.arange(7))
-    torch.testing.assert_close(drawn, before.real_and_generated(np.flatnonzero(kept))[1])
+    drawn = [each.generated for each in after.shown(np.arange(7))]
+    np.testing.assert_array_equal(drawn, [each.generated for each in before.shown(np.flatnonzero(kept))])
 
 
 def test_stored_scores_of_other_images_are_refused(
