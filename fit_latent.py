@@ -186,12 +186,14 @@ def main(config: Config) -> dict[str, dict[str, Any]]:
                     processes.say_how_long(missing, len(x) / (time.monotonic() - since), gan.sees)
                 missing = 0  # it is said once
             latents = todo.merge()
+            is_check = todo.split == "validation" and config.discrimination == "features"
+            # opening CIFAR-10 takes every process
+            training = images.list_split(gan.dataset, "train", gan.normal_class, gan.group_by) if is_check else None
             if processes.rank() > 0:
                 continue
             by_split[todo.split] = latents
-            is_shown = todo.was_complete and (run_dir / "reconstructions.png").exists()
-            if todo.split == "validation" and config.discrimination == "features" and not is_shown:
-                reconstruction.check(gan, todo.image_set, latents)
+            if is_check and not (todo.was_complete and (run_dir / "reconstructions.png").exists()):
+                reconstruction.check(gan, training, todo.image_set, latents)
             if not todo.was_complete:
                 loss = util.anomaly_score(latents["residual"], latents["discrimination"], config.discrimination_weight)
                 print(f"{todo.split}: {len(loss)} {gan.sees}, mean loss {loss.mean():.1f}")

@@ -10,7 +10,9 @@ from anogan import images, latents, pictures, plots, runs
 COUNT = 32  # images or patches that are compared
 
 
-def check(gan: runs.TrainedGAN, validation: images.ImageSet, found: dict[str, Any]) -> None:
+def check(
+    gan: runs.TrainedGAN, training: images.ImageSet, validation: images.ImageSet, found: dict[str, Any]
+) -> None:
     """Say how well G draws normal images or patches that it has not seen, given their latents, and show some.
 
     What G leaves of them is compared with what the median of the training images leaves, the best that one picture for
@@ -22,7 +24,7 @@ def check(gan: runs.TrainedGAN, validation: images.ImageSet, found: dict[str, An
     seen, generated = (torch.cat(each) for each in zip(*pairs, strict=True))  # (32, C, H, H) each
     # shares of the range of a pixel, from -1 to 1
     left, left_by_median = (
-        float(util.residual_loss(seen, drawn).mean()) / seen[0].numel() / 2 for drawn in (generated, _median(gan))
+        float(util.residual_loss(seen, drawn).mean()) / seen[0].numel() / 2 for drawn in (generated, _median(gan, training))
     )
     explained = 1 - left / left_by_median if left_by_median > 0 else 0.0
     path = gan.run_dir / "reconstructions.png"
@@ -38,9 +40,8 @@ def check(gan: runs.TrainedGAN, validation: images.ImageSet, found: dict[str, An
         print("G is not good enough: one picture for all would explain more. See docs/own-pictures.md")
 
 
-def _median(gan: runs.TrainedGAN) -> torch.Tensor:
+def _median(gan: runs.TrainedGAN, training: images.ImageSet) -> torch.Tensor:
     """The median of 2,000 training images or patches, (1, C, H, H) in [-1, 1]."""
-    training = images.list_split(gan.dataset, "train", gan.normal_class, gan.group_by)
     some = training.take(images.evenly_spaced(len(training), 100 if gan.view.has_patches else 2000))
     x = gan.to_model(pictures.load(some, gan.view, skip_unreadable=True).some(2000))
     return x.median(0, keepdim=True).values
