@@ -23,8 +23,9 @@ def check(
     pairs = ((x, generated) for _, x, generated in latents.drawn(gan, unseen, some, COUNT))
     seen, generated = (torch.cat(each) for each in zip(*pairs, strict=True))  # (32, C, H, H) each
     # shares of the range of a pixel, from -1 to 1
+    by_median = _median(gan, training)
     left, left_by_median = (
-        float(util.residual_loss(seen, drawn).mean()) / seen[0].numel() / 2 for drawn in (generated, _median(gan, training))
+        float(util.residual_loss(seen, drawn).mean()) / seen[0].numel() / 2 for drawn in (generated, by_median)
     )
     explained = 1 - left / left_by_median if left_by_median > 0 else 0.0
     path = gan.run_dir / "reconstructions.png"
