@@ -284,7 +284,7 @@ def read_latents(path: Path, split: str, gan: runs.TrainedGAN) -> dict[str, Any]
         latents["search"], latents["asked_for"] = json.loads(str(latents["search"])), str(latents["asked_for"])
         str(latents["search"]["discrimination"]), float(latents["search"]["discrimination_weight"])  # evaluate.py's
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} was not written by this {COMMAND} ({error})") from error
+        raise InputError(f"{path} is damaged or was not written by this {COMMAND} ({error})") from error
     return latents
 
 

@@ -58,7 +58,8 @@ def small_gan() -> runs.TrainedGAN:
     for network in (generator, discriminator):
         runs.freeze(network, CPU)
     names = ("dataset", "normal_class", "training_images", "fingerprint")
-    facts = dict.fromkeys(names, "") | {"group_by": None, "levels": None, "max_megapixels": 179.0}
+    facts = dict.fromkeys(names, "") | dict.fromkeys(("group_by", "levels", "picture_size", "augment"))
+    facts |= {"max_megapixels": 179.0, "fit": "crop", "normalise": False}
     sizes = {"image_size": 32, "image_channels": 1, "latent_dim": 4, "ngf": 8, "ndf": 8, "batch_size": 8, "epoch": 0.0}
     return runs.TrainedGAN(Path(), generator, discriminator, **facts, **sizes)
 
