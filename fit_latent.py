@@ -1,4 +1,4 @@
-"""2. For every image x, search the latent z whose G(z) is closest: Adam over z, with G and D frozen.
+"""2. For every image or patch x, search the latent z whose G(z) is closest: Adam over z, with G and D frozen.
 
     python fit_latent.py                                      # the run trained last, its validation and test images
     python fit_latent.py --max-images 1000                    # a thousand images of each split, all classes alike
@@ -8,9 +8,10 @@
     python fit_latent.py --images my/pictures                 # your own pictures, without labels
     torchrun --standalone --nproc-per-node=8 fit_latent.py    # on eight GPUs: each takes its share of the shards
 
-Writes latents-<split>.npz to the run folder: z, residual and discrimination of every image; and reconstructions.png,
-which shows how well G draws normal images that it has not seen. Stop it at any time: unfinished work is in
-latents-<split>/, and the same command searches only what is missing. Next: python evaluate.py
+Writes latents-<split>.npz to the run folder: z, residual and discrimination of every image, or of every patch of a grid
+that covers it; and reconstructions.png, which shows how well G draws normal images that it has not seen. Stop it at any
+time: unfinished work is in latents-<split>/, and the same command searches only what is missing. Next: python
+evaluate.py
 
 Measured: `make demo` searches 478 digits (32x32, ngf 16, 100 steps) in 23 s on one thread of an AMD EPYC without
 AVX-512, shared with other jobs.

@@ -3,6 +3,7 @@
     python train_gan.py                                     # CIFAR-10, automobile is normal
     python train_gan.py --dataset digits                    # no download
     python train_gan.py --dataset DIR --normal-class good   # your own pictures: DIR/train/good/, DIR/test/good/, ...
+    python train_gan.py --dataset DIR --picture-size own    # patches of them, for small defects in large pictures
     torchrun --standalone --nproc-per-node=8 train_gan.py   # on eight GPUs
 
 Writes gan.pt, losses.csv, losses.png, samples.png, samples.gif and run.json to outputs/<data set>-<normal class>/.
