@@ -65,8 +65,8 @@ class Pictures:
         drawn = random.integers(-(side // 4), room + side // 4, endpoint=True).clip(0, room)
         corners = np.where(size > side, drawn, -((side - size) // 2))  # (B, 2)
         found = np.empty((len(rows), channels, side, side), np.uint8)
-        for i, row in enumerate(rows):
-            picture = pixels[self._first[row] : self._first[row + 1]].reshape(channels, *size[i])
+        for i, (first, (height, width)) in enumerate(zip(self._first[rows].tolist(), size.tolist(), strict=True)):
+            picture = pixels[first : first + channels * height * width].reshape(channels, height, width)
             found[i] = patches.cut(picture, corners[i : i + 1], side)[0]
         return self._turned(torch.from_numpy(found), random)
 
