@@ -248,7 +248,7 @@ ALL = [*TRAIN, *OWN, "--augment", "turns", "--normalise", "patch"]
 SMALL = 5000  # bytes of pictures in memory: two of them have more
 
 # Run a script with so many bytes of pictures in memory, and be killed: after 15 steps, while the file of pictures is
-# written, or before it is described
+# written, or before it is described; or be on another machine than the first process
 LAUNCH = """
 import os, signal, sys
 from conftest import run_main
@@ -275,6 +275,8 @@ elif moment == "picture":
     loading.with_bar = one_by_one
 elif moment == "description":
     files.write_arrays = dying(files.write_arrays, 0)
+elif moment == "elsewhere" and os.environ["RANK"] == "1":
+    pictures._read = lambda *_: None
 run_main(*command)
 """
 
@@ -335,6 +337,9 @@ def test_two_processes_share_the_file(data: Path, tmp_path: Path) -> None:
             (tmp_path / "run").rename(tmp_path / "whole")
     assert (tmp_path / "run" / pictures.FILE).exists()
     assert_same_training(tmp_path / "run", tmp_path / "whole")
+    done = run_together(tmp_path, str(tmp_path / "launch.py"), str(SMALL), "elsewhere", *ALL, "--fresh")
+    assert [code for code, _ in done] == [1, 1] and not any("Traceback" in printed for _, printed in done), done
+    assert f"error: run/{pictures.FILE} is not there for every process" in done[1][1]
 
 
 def listed(data: Path) -> images.ImageSet:
