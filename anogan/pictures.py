@@ -161,7 +161,7 @@ def _collect(
             if len(picture) > channels and (picture[:1] != picture[1:]).any():
                 raise _InColour
             size.append(picture.shape[1:])
-            yield np.ascontiguousarray(picture[:channels])
+            yield picture[:channels].copy()  # or the other channels would stay in memory too
 
     one_by_one = pictures()
     for picture in one_by_one:
