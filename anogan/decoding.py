@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
-from torchvision.transforms.functional import center_crop, resize
+from torchvision.transforms.functional import resize
 
 from util import InputError
 
@@ -363,9 +363,9 @@ def as_seen(image: Image.Image, view: View) -> Seen:
 def _fitted(image: Image.Image, view: View) -> Image.Image:
     """A picture, turned as its EXIF tag says, at the size that the networks see, and cut as they do."""
     width, height = view.seen_size(image.size)
-    if view.has_patches or view.fit != "crop":
-        return image if (width, height) == image.size else resize(image, [height, width])
-    return center_crop(resize(image, [view.size]), [view.size])
+    if (window := view.window(image.size)) != (0, 0, *image.size):
+        image = image.crop(window)  # before it is resized: then heat maps lie on the picture to the pixel
+    return image if (width, height) == image.size else resize(image, [height, width])
 
 
 def _seen_levels(image: Image.Image, levels: np.ndarray, view: View) -> np.ndarray:

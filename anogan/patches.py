@@ -50,9 +50,9 @@ def grid(size: tuple[int, int], side: int, stride: int) -> Corners:
 def cut(picture: np.ndarray, corners: Corners, side: int) -> np.ndarray:
     """The patches (P, C, side, side) at these corners of a picture uint8 (C, height, width), black beyond its edges."""
     found = np.zeros((len(corners), len(picture), side, side), np.uint8)
-    for patch, corner in zip(found, corners, strict=True):
-        of_picture, of_patch = _overlap(picture.shape[1:], corner, side)
-        patch[:, *of_patch] = picture[:, *of_picture]
+    for patch, (top, left) in zip(found, corners.tolist(), strict=True):
+        part = picture[:, max(0, top) : top + side, max(0, left) : left + side]
+        patch[:, max(0, -top) :, max(0, -left) :][:, : part.shape[1], : part.shape[2]] = part
     return found
 
 

@@ -13,6 +13,7 @@ import torch
 
 from anogan import files, images, loading, patches, processes
 from anogan.decoding import View
+from util import InputError
 
 MEMORY = 2**30  # bytes of pictures that are held in memory; more of them lie in a file
 FILE = "training-pictures.bin"  # in the run folder; an .npz of the same name says what it holds
@@ -64,8 +65,8 @@ class Pictures:
         drawn = random.integers(-(side // 4), room + side // 4, endpoint=True).clip(0, room)
         corners = np.where(size > side, drawn, -((side - size) // 2))  # (B, 2)
         found = np.empty((len(rows), channels, side, side), np.uint8)
-        for i, row in enumerate(rows):
-            picture = pixels[self._first[row] : self._first[row + 1]].reshape(channels, *size[i])
+        for i, (first, (height, width)) in enumerate(zip(self._first[rows].tolist(), size.tolist(), strict=True)):
+            picture = pixels[first : first + channels * height * width].reshape(channels, height, width)
             found[i] = patches.cut(picture, corners[i : i + 1], side)[0]
         return self._turned(torch.from_numpy(found), random)
 
@@ -96,40 +97,55 @@ def load(
 ) -> Pictures:
     """Decode a set. More than MEMORY bytes go to the file `path`, or are taken from it if it holds just these.
 
-    With `find_channels` the pictures are grey if every one of them is. Without `path` all are held in memory. Raises
-    InputError as `loading.image_batches` does, or if the file cannot be written.
+    With `find_channels` the pictures are grey if every one of them is. Without `path` all are held in memory; with it
+    every process must call this. Raises InputError as `loading.image_batches` does, or if the file cannot be written,
+    or is not there for another process than the one that wrote it.
     """
-    seen = replace(view, channels=3) if find_channels else view
-    key = hashlib.sha256(f"{image_set.fingerprint()} {seen} {skip_unreadable} {find_channels}".encode()).hexdigest()
-    if path is not None and (kept := _read(path, view, key)) is not None:
-        return kept
-    try:
-        found = _collect(image_set, seen, 1 if find_channels else view.channels, path, skip_unreadable)
-    except _InColour:
-        found = _collect(image_set, seen, 3, path, skip_unreadable)
-    if found is None or isinstance(found.pixels, Path):
-        if processes.rank() == 0:
-            about = {"size": found.size, "channels": np.array(found.view.channels), "key": key}
-            files.write_arrays(path.with_suffix(".npz"), **about)
-        processes.wait_for_all()
-        return _read(path, view, key)
-    return found
+    key = hashlib.sha256(f"{image_set.fingerprint()} {replace(view, channels=0)}".encode()).digest()
 
-
-def _read(path: Path, view: View, key: str) -> Pictures | None:
-    """The pictures that a file holds; None if there is none, or it is one of others, or it was cut short."""
-    about = path.with_suffix(".npz")
-    if not (path.is_file() and about.is_file()):
-        return None
-    with files.reading(about), np.load(about, allow_pickle=False) as file:
-        if str(file["key"]) != key:
+    def kept() -> Pictures | None:
+        """Those in the file, if it is there and just what is asked for: it serves train_gan.py and every detector."""
+        found = _read(path, key, view)
+        if found is None or not (find_channels or found.view == view):
             return None
-        found = Pictures(path, file["size"], replace(view, channels=int(file["channels"])))
-    return found if path.stat().st_size == found.bytes else None
+        return found if skip_unreadable or len(found) == len(image_set) else None
+
+    if path is not None:
+        before = kept()
+        if not any(processes.any_process(before is None)):
+            return before
+    seen = replace(view, channels=3) if find_channels else view
+    try:
+        found = _collect(image_set, seen, 1 if find_channels else view.channels, path, key, skip_unreadable)
+    except _InColour:
+        found = _collect(image_set, seen, 3, path, key, skip_unreadable)
+    if found is not None and not isinstance(found.pixels, Path):
+        return found
+    if processes.rank() == 0:
+        about = {"size": found.size, "channels": np.array(found.view.channels), "key": np.frombuffer(key, np.uint8)}
+        files.write_arrays(path.with_suffix(".npz"), **about)
+    processes.wait_for_all()
+    if (after := kept()) is None:
+        raise InputError(f"{path} is not there for every process: every machine needs the same run folder")
+    return after
+
+
+def _read(path: Path, key: bytes, view: View) -> Pictures | None:
+    """The pictures that a file holds; None if there is none, or it holds others, or one of the two files is damaged."""
+    try:
+        with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
+            found = Pictures(path, file["size"], replace(view, channels=int(file["channels"])))
+            is_ours = file["key"].tobytes() == key
+        with path.open("rb") as file:
+            file.seek(found.bytes)
+            # the pixels end with the key too: after a kill between the two files they are not taken for others
+            return found if is_ours and file.read() == key else None
+    except Exception:  # numpy raises almost anything on damaged bytes: both are made again
+        return None
 
 
 def _collect(
-    image_set: images.ImageSet, view: View, channels: int, path: Path | None, skip_unreadable: bool
+    image_set: images.ImageSet, view: View, channels: int, path: Path | None, key: bytes, skip_unreadable: bool
 ) -> Pictures | None:
     """Decode a set, and keep so many channels of it in memory or in a file, which rank 0 writes: None for the others.
 
@@ -145,7 +161,7 @@ def _collect(
             if len(picture) > channels and (picture[:1] != picture[1:]).any():
                 raise _InColour
             size.append(picture.shape[1:])
-            yield picture[:channels].copy()  # a view would hold the other channels too
+            yield picture[:channels].copy()  # or the other channels would stay in memory too
 
     one_by_one = pictures()
     for picture in one_by_one:
@@ -161,4 +177,5 @@ def _collect(
     with files.replacing(path) as partial, partial.open("wb") as file:
         for picture in chain(held, one_by_one):
             file.write(picture)
+        file.write(key)
     return Pictures(path, np.array(size, np.int64), replace(view, channels=channels))

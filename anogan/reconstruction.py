@@ -2,17 +2,16 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 
 import util
-from anogan import images, latents, pictures, plots, runs
+from anogan import images, latents, loading, pictures, plots, runs
 
 COUNT = 32  # images or patches that are compared
 
 
-def check(
-    gan: runs.TrainedGAN, training: images.ImageSet, validation: images.ImageSet, found: dict[str, Any]
-) -> None:
+def check(gan: runs.TrainedGAN, training: images.ImageSet, validation: images.ImageSet, found: dict[str, Any]) -> None:
     """Say how well G draws normal images or patches that it has not seen, given their latents, and show some.
 
     What G leaves of them is compared with what the median of the training images leaves, the best that one picture for
@@ -42,7 +41,12 @@ def check(
 
 
 def _median(gan: runs.TrainedGAN, training: images.ImageSet) -> torch.Tensor:
-    """The median of 2,000 training images or patches, (1, C, H, H) in [-1, 1]."""
-    some = training.take(images.evenly_spaced(len(training), 100 if gan.view.has_patches else 2000))
-    x = gan.to_model(pictures.load(some, gan.view, skip_unreadable=True).some(2000))
-    return x.median(0, keepdim=True).values
+    """The median of 2,000 training images, or of 20 patches of each of 100 pictures: (1, C, H, H) in [-1, 1]."""
+    count, each = (100, 20) if gan.view.has_patches else (2000, 1)
+    some = training.take(images.evenly_spaced(len(training), count))
+    decoded = loading.image_batches(some, loading.decode_batches(len(some), gan.view), gan.view, True, quiet=True)
+    random, found = np.random.default_rng(0), []
+    for _, picture in latents.one_by_one(decoded):  # no more than one is held: each may be large
+        one = pictures.Pictures(picture.ravel(), np.array([picture.shape[1:]]), gan.view)
+        found.append(one.draw(np.zeros(each, np.int64), random))
+    return gan.to_model(torch.cat(found)).median(0, keepdim=True).values
