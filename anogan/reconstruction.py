@@ -1,18 +1,18 @@
 """How well G draws normal images that it has not seen: in a line, and in reconstructions.png."""
 
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 
 import util
-from anogan import images, latents, pictures, plots, runs
+from anogan import heatmaps, images, latents, loading, pictures, plots, runs
 
 COUNT = 32  # images or patches that are compared
 
 
-def check(
-    gan: runs.TrainedGAN, training: images.ImageSet, validation: images.ImageSet, found: dict[str, Any]
-) -> None:
+def check(gan: runs.TrainedGAN, training: images.ImageSet, validation: images.ImageSet, found: dict[str, Any]) -> None:
     """Say how well G draws normal images or patches that it has not seen, given their latents, and show some.
 
     What G leaves of them is compared with what the median of the training images leaves, the best that one picture for
@@ -32,9 +32,10 @@ def check(
     grids = (plots.grid(images.to_display(each)) for each in (seen, generated))
     plots.samples(path, *grids, f"{plots.shown(gan.run_dir.name)}: normal {gan.sees} that G has not seen")
     one, several = ("patch", "patches") if gan.view.has_patches else ("picture", "normals")
+    factor, unit = heatmaps.unit(gan.view.normalise)
     print(
-        f"reconstruction check: G(z) leaves {left:.3f} of the range from black to white in {len(seen)} validation "
-        f"{several}, the median {one} leaves {left_by_median:.3f}: "
+        f"reconstruction check: G(z) leaves {factor * left:.3f} {unit} in {len(seen)} validation "
+        f"{several}, the median {one} leaves {factor * left_by_median:.3f}: "
         f"G explains {explained:.0%}, see {path}"
     )
     if explained <= 0:
@@ -43,6 +44,12 @@ def check(
 
 def _median(gan: runs.TrainedGAN, training: images.ImageSet) -> torch.Tensor:
     """The median of 2,000 training images or patches, (1, C, H, H) in [-1, 1]."""
-    some = training.take(images.evenly_spaced(len(training), 100 if gan.view.has_patches else 2000))
-    x = gan.to_model(pictures.load(some, gan.view, skip_unreadable=True).some(2000))
-    return x.median(0, keepdim=True).values
+    count, of_each = (100, 20) if gan.view.has_patches else (2000, 1)
+    some, random = training.take(images.evenly_spaced(len(training), count)), np.random.default_rng(0)
+    batches = loading.decode_batches(len(some), gan.view)
+    decoded = loading.image_batches(some, batches, gan.view, skip_unreadable=True, quiet=True)
+    drawn = []
+    for picture in chain.from_iterable(pixels for pixels, _ in decoded):  # which may be large: never all in memory
+        one = pictures.Pictures(picture.ravel(), np.array([picture.shape[1:]]), gan.view)
+        drawn.append(one.draw(np.zeros(of_each, np.int64), random))
+    return gan.to_model(torch.cat(drawn)).median(0, keepdim=True).values
