@@ -91,6 +91,7 @@ def worst_tenth(of_patches: np.ndarray) -> float:
 
 # How a picture's score is made of those of its patches, and what figures call it
 POOLS = {"worst": (np.max, "worst patch"), "tenth": (worst_tenth, "worst tenth"), "mean": (np.mean, "mean of patches")}
+POOLED = "tab:cyan"  # of a score that figures show beside that of the worst patch
 
 
 def pooled(of_patches: np.ndarray, rows: np.ndarray, pool: str) -> np.ndarray:
@@ -108,7 +109,7 @@ def with_pools(declared: Sequence[Score]) -> list[Score]:
         found.append(score)
         if score.of == "patch" and not score.parts:
             found += [
-                replace(score, name=f"{score.name}_{pool}", label=f"{score.label}, {words}", pool=pool)
+                replace(score, name=f"{score.name}_{pool}", label=f"{score.label}, {words}", pool=pool, colour=POOLED)
                 for pool, (_, words) in POOLS.items()
                 if pool != score.pool
             ]
