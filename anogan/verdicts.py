@@ -163,8 +163,9 @@ def advice(test: ScoredSplit, verdict: Verdict, metrics: dict[str, dict[str, Any
     run_dir = f"--run-dir {quoted(test.gan.run_dir)}"
     again = f"python evaluate.py {run_dir}"
     natural = "- for natural pictures, such as animals or vehicles: "
-    if "combined" not in metrics and test.gan.augment is None:
-        lines.append(f"{natural}python -m detectors.rotnet {run_dir}, then {again}")
+    if "combined" not in metrics:
+        if test.gan.augment is None:
+            lines.append(f"{natural}python -m detectors.rotnet {run_dir}, then {again}")
     elif verdict.score != "combined" and is_good("combined"):
         lines.append(f"{natural}{again} --score combined")
     small, size = "- for small defects: ", test.gan.image_size

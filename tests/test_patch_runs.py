@@ -10,7 +10,9 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,10 +23,14 @@ from scipy.ndimage import gaussian_filter
 from sklearn.metrics import roc_auc_score
 from test_long_runs import assert_same_latents, finish
 from test_pictures import CPU, read_verdicts
+from test_search import Networks
 
 import evaluate
-from anogan import latents, runs
+import fit_latent
+from anogan import latents, plots, runs, scores, verdicts
+from anogan.scores import ScoredSplit
 from detectors import acae, f_anogan, rotnet
+from util import InputError
 
 Run = Callable[..., None]
 Fails = Callable[..., str]
@@ -73,7 +79,7 @@ def patch_workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train = ["train_gan.py", "--dataset", "set", *TINY]
     for command in (
         [*train, "--epochs", "1", "--run-dir", "outputs/whole"],
-        [*train, "--epochs", "12", "--picture-size", "own"],
+        [*train, "--epochs", "12", "--picture-size", "own", "--normalise", "patch"],
         [*FIT, "--shard-size", "20"],
         [*FIT, "--discrimination", "reference"],
         ["detectors.f_anogan", "--epochs", "2"],
@@ -85,25 +91,15 @@ def patch_workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [*EVALUATE, "--images", "set/new"],
     ):
         more = [] if command[0] == "train_gan.py" else ["--run-dir", str(RUN)]
-        code, printed = start(workdir, *command, *more).end()
-        assert code == 0, printed
+        finish(workdir, [*command, *more])
     return workdir
 
 
 @pytest.fixture
 def run_dir(patch_workdir: Path, tmp_path: Path) -> Path:
-    """A copy of that run, in `tmp_path`, next to a copy of new/."""
-    shutil.copytree(patch_workdir / "set/new", tmp_path / "new")
+    """A copy of that run, in `tmp_path`, next to a copy of its set's new/."""
+    shutil.copytree(patch_workdir / "set/new", tmp_path / "set/new")
     return shutil.copytree(patch_workdir / RUN, tmp_path / RUN)
-
-
-@pytest.fixture
-def unscored(run_dir: Path) -> Path:
-    """That run without latents, and without what evaluate.py made."""
-    for pattern in ("latents-*", "metrics.json", "scores.csv", "validation-scores.npz"):
-        for path in run_dir.glob(pattern):
-            path.unlink()
-    return run_dir
 
 
 def grid_of(size: tuple[int, int], stride: int) -> list[tuple[int, int]]:
@@ -121,10 +117,11 @@ def pixels_of(root: Path, source: str) -> np.ndarray:
 
 
 def to_x(root: Path, source: str, corners: list[tuple[int, int]]) -> torch.Tensor:
-    """Patches of a picture as a network takes them: (N, 1, SIDE, SIDE) in [-1, 1]."""
-    picture = pixels_of(root, source)
+    """Patches of a picture as a network takes them: (N, 1, SIDE, SIDE), -1 and 1 are 4 standard deviations away."""
+    picture = pixels_of(root, source) / 127.5 - 1
     cut = [picture[top : top + SIDE, left : left + SIDE] for top, left in corners]
-    return torch.from_numpy(np.stack(cut)[:, None]) / 127.5 - 1
+    scaled = [((patch - patch.mean()) / (4 * max(patch.std(), 0.04))).clip(-1, 1) for patch in cut]
+    return torch.from_numpy(np.stack(scaled)[:, None]).float()
 
 
 # ---- fit_latent.py --------------------------------------------------------------------------------------------------
@@ -168,7 +165,7 @@ def test_strides(run_dir: Path, patch_workdir: Path, run_here: Run, fails: Fails
         assert f"--stride must lie between 1 and the side of a patch, 32, not {stride}" in fails(
             *few, "--stride", stride
         )
-    message = fails(*few, "--stride", "16", "--images", "new")
+    message = fails(*few, "--stride", "16", "--images", "set/new")
     assert "the validation images were searched with stride 8: use the same for --images" in message
     message = fails(*EVALUATE, "--run-dir", str(RUN))
     assert "validation and test were fitted with different settings (steps, stride)" in message
@@ -248,7 +245,7 @@ def test_pictures_are_counted_and_patches_searched(run_dir: Path, run_here: Run,
 
 
 def test_pictures_in_any_order_and_from_anywhere(run_dir: Path, tmp_path: Path, capsys: Captured) -> None:
-    names = [f"new/{i:02d}.png" for i in range(4)]
+    names = [f"set/new/{i:02d}.png" for i in range(4)]
     found = of_split(run_dir, "images")  # as they lie in the data set
     finish(tmp_path, [*FIT, "--run-dir", str(run_dir), "--images", *names[::-1]])
     again = of_split(run_dir, "images")
@@ -259,7 +256,7 @@ def test_pictures_in_any_order_and_from_anywhere(run_dir: Path, tmp_path: Path, 
     for name in ("z", "residual", "discrimination", "picture", "top", "left", "index"):
         np.testing.assert_array_equal(again[name], found[name])
     (tmp_path / "elsewhere").mkdir()
-    finish(tmp_path / "elsewhere", [*EVALUATE, "--run-dir", str(run_dir), "--images", "../new"])
+    finish(tmp_path / "elsewhere", [*EVALUATE, "--run-dir", str(run_dir), "--images", "../set/new"])
     verdicts = read_verdicts(run_dir / "images-new")
     assert sorted(verdicts) == [str(tmp_path / name) for name in names]
 
@@ -354,6 +351,8 @@ def test_figures_and_report_name_the_main_scores_and_the_judged_one(patch_workdi
     main = [score.name for score in evaluate.SCORES]
     assert data["scores"] == [main[0], "anomaly_score_mean", *main[1:]] and data["verdict"] == "anomaly_score_mean"
     assert len(data["rows"]) == 12
+    normals = [float(row["peak"]) for row in read_scores(patch_workdir / RUN) if row["split"] == "validation"]
+    assert f"passes {8 * max(normals):.3g} standard deviations, which few normal pictures do anywhere" in text
     for row in data["rows"]:
         strip = Image.open(io.BytesIO(base64.b64decode(row[-1])))
         height, width = SIZES[int(Path(row[0]).stem) % 3]
@@ -379,6 +378,205 @@ def test_own_pictures_are_shown_whole_at_their_own_size(patch_workdir: Path) -> 
         np.testing.assert_array_equal((marked != original[..., None]).any(2)[is_sure], (expected > level)[is_sure])
         red += (expected > level).sum()
     assert red > 50
+    normals = np.load(patch_workdir / RUN / "validation-scores.npz")["anomaly_score_mean"]
     rows = read_verdicts(folder)
-    assert next(iter(rows)) in ("set/new/01.png", "set/new/03.png") and len(rows) == 4
-    assert {int(row["flagged"]) for name, row in rows.items() if name in ("set/new/01.png", "set/new/03.png")} == {1}
+    assert len(rows) == 4
+    for row in rows.values():
+        p_value = (1 + (normals >= float(row["anomaly_score_mean"])).sum()) / 13
+        assert float(row["p_value"]) == pytest.approx(p_value) and int(row["flagged"]) == (p_value <= 0.1)
+
+
+def scored(run_dir: Path, score: str, is_the_only_one: bool = True) -> ScoredSplit:
+    """The test split as evaluate.py works with it, without its figures."""
+    gan = runs.load_gan(run_dir, torch.device("cpu"))
+    image_sets = {split: runs.open_split(gan, split) for split in ("validation", "test")}
+    request = scores.Request(score, is_the_only_one, batch_size=16, skip_unreadable=False)
+    return scores.score_run(gan, image_sets, evaluate.SCORES, request)["test"]
+
+
+def test_gan_r_of_other_patches(run_dir: Path, tmp_path: Path, run_here: Run, capsys: Captured) -> None:
+    """Beside a search of another stride it is left out or refused; alone it is scored, at its own."""
+    run_here(*FIT, "--discrimination", "reference", "--stride", "32", "--steps", "1")
+    line = "the two searches of validation are of other patches (stride 16 and 32): run fit_latent.py"
+    for wanted, is_the_only_one in (("gan_r", True), ("anomaly_score", False)):
+        with pytest.raises(InputError) as refused:
+            scored(run_dir, wanted, is_the_only_one)
+        assert line in str(refused.value)
+    capsys.readouterr()
+    assert "gan_r" not in scored(run_dir, "anomaly_score").scores
+    assert f"without the scores of fit_latent.py --discrimination reference: {line}" in capsys.readouterr().out
+
+    for path in run_dir.glob("latents-*[!e].npz"):
+        path.unlink()
+    alone, reference = scored(run_dir, "gan_r"), of_split(run_dir, "test", reference=True)
+    of_patches = 0.9 * reference["residual"] + 0.1 * reference["discrimination"]
+    for ending, expected in pooled(of_patches, reference["picture"]).items():
+        np.testing.assert_allclose(alone.scores[f"gan_r{ending}"], expected, rtol=1e-6)
+    assert alone.latents is None and "p_d" in alone.scores
+
+
+@pytest.mark.parametrize("stride", [None, 8])
+def test_pictures_without_a_search_have_the_patches_of_the_normals(
+    run_dir: Path, patch_workdir: Path, run_here: Run, capsys: Captured, stride: int | None
+) -> None:
+    """The validation pictures, judged again without a search, score what they scored as normals: of the grid of their
+    search, or of half a side."""
+    for path in run_dir.glob("latents-*"):
+        path.unlink()
+    if stride is not None:
+        run_here(*FIT, "--splits", "validation", "--stride", str(stride), "--steps", "1")
+    normal = str(patch_workdir / "set/validation/good")
+    run_here(*EVALUATE, "--images", normal, "--score", "p_d")
+    assert "without difference maps, since these images were not searched" in capsys.readouterr().out
+    folder = run_dir / "images-good"
+    assert {path.name for path in folder.iterdir()} == {"scores.csv", "scores.png", "report.html"}
+    rows, normals = read_verdicts(folder), np.load(run_dir / "validation-scores.npz")
+    gan = runs.load_gan(run_dir, torch.device("cpu"))
+    for i in range(12):
+        row = rows[f"{normal}/{i:02d}.png"]
+        for name in ("p_d", "p_d_mean", "rotation", "neighbours_tenth", "acae", "f_anogan", "combined"):
+            assert float(row[name]) == pytest.approx(normals[name][i], rel=1e-5, abs=1e-6)
+        x = to_x(patch_workdir / "set", f"validation/good/{i:02d}.png", grid_of(SIZES[i % 3], stride or 16))
+        assert float(row["p_d"]) == pytest.approx(float(1 - gan.discriminator(x).double().sigmoid().min()))
+
+
+def test_a_copied_run_judges_without_its_data_set(
+    run_dir: Path, patch_workdir: Path, run_here: Run, fails: Fails
+) -> None:
+    about = json.loads((run_dir / "dataset.json").read_text())
+    (run_dir / "dataset.json").write_text(json.dumps(about | {"dataset": "/not/here"}))
+    shutil.rmtree(run_dir / "images-new")
+    (run_dir / "latents-images.npz").unlink()
+    run_here(*FIT, "--images", "set/new")
+    run_here(*EVALUATE, "--images", "set/new")
+    before, after = (path / "images-new/scores.csv" for path in (patch_workdir / RUN, run_dir))
+    assert after.read_bytes() == before.read_bytes()
+    assert "the data set of this run is not in /not/here" in fails(*EVALUATE)
+
+
+def test_a_score_of_all_patches_needs_patches(run_dir: Path, patch_workdir: Path, fails: Fails) -> None:
+    message = fails(*EVALUATE, "--score", "anomaly_score_mean", "--run-dir", str(patch_workdir / "outputs/whole"))
+    assert "there is no score anomaly_score_mean here: it is of a GAN of patches, and this one sees none" in message
+
+
+def test_a_search_starts_at_what_the_encoder_says_of_a_patch(run_dir: Path, patch_workdir: Path, run_here: Run) -> None:
+    run_here(*FIT, "--splits", "test", "--init", "encoder", "--steps", "1", "--lr", "0")
+    found, gan = of_split(run_dir, "test"), runs.load_gan(run_dir, torch.device("cpu"))
+    assert "encoder" in json.loads(str(found["search"]))
+    for number, source in enumerate(found["source"]):
+        x = to_x(patch_workdir / "set", source, grid_of(SIZES[int(Path(source).stem) % 3], 16))
+        expected = f_anogan.load(gan).network(x)
+        torch.testing.assert_close(torch.from_numpy(found["z"][found["picture"] == number]), expected)
+
+
+def test_rotnet_refuses_pictures_without_a_direction(
+    patch_workdir: Path, tmp_path: Path, run_here: Run, fails: Fails
+) -> None:
+    """Before it reads them, and the advice does not name it."""
+    flags = ["--picture-size", "own", "--epochs", "1", "--run-dir", str(RUN)]
+    run_here("train_gan.py", "--dataset", str(patch_workdir / "set"), *TINY, *flags, "--augment", "flips")
+    gan = runs.load_gan(tmp_path / RUN, torch.device("cpu"))
+    message = fails("detectors.rotnet")
+    assert f"and {RUN} was trained with --augment flips, for pictures without a direction" in message
+    with pytest.raises(InputError, match="--augment turns"):
+        rotnet.check_direction(replace(gan, augment="turns"))
+    rotnet.check_direction(replace(gan, augment=None))
+    chance = {"roc_auc": 0.5, "roc_auc_95_interval": [0.4, 0.6], "n_normal": 6, "n_anomalous": 6}
+    verdict = verdicts.Verdict("p_d", 0.05, None, 0.0, {}, {}, 1.0, 1.0, 9)
+    for augment in (None, "flips"):
+        test = SimpleNamespace(gan=replace(gan, augment=augment))
+        assert ("detectors.rotnet" in str(verdicts.advice(test, verdict, {"p_d": chance}))) == (augment is None)
+
+
+def test_pictures_that_cannot_be_cut_are_named(
+    run_dir: Path, patch_workdir: Path, tmp_path: Path, run_here: Run, fails: Fails, capsys: Captured
+) -> None:
+    """Smaller than a patch, not to be decoded, or not even a size to be read; with --skip-unreadable they are left."""
+    good, bad = tmp_path / "set/new/00.png", tmp_path / "bad"
+    save(bad / "small.png", np.zeros((31, 40), np.uint8))
+    (bad / "cut.png").write_bytes(good.read_bytes()[:-300])
+    (bad / "empty.png").write_bytes(b"")
+    reasons = {"small": "it has 40x31 pixels, smaller than a patch of 32x32", "cut": "truncated", "empty": "identify"}
+    for name, reason in reasons.items():
+        message = fails(*FIT, "--images", f"bad/{name}.png", str(good))
+        assert f"cannot read the image bad/{name}.png (" in message and reason in message
+        assert "--skip-unreadable" in message
+    run_here(*FIT, "--images", "bad", str(good), "--skip-unreadable", "--shard-size", "1")
+    printed = capsys.readouterr()
+    assert all(f"skipped, cannot be read: bad/{name}.png" in printed.err for name in reasons)
+    assert "skipped 3 of 4 images, which cannot be read" in printed.out
+    assert of_split(run_dir, "images")["source"].tolist() == ["set/new/00.png"]
+    run_here(*EVALUATE, "--images", "bad", str(good))
+    assert "3 more pictures there were not searched, new since then or unreadable" in capsys.readouterr().out
+
+    shutil.copytree(patch_workdir / "set", tmp_path / "set", dirs_exist_ok=True)
+    shutil.copy(bad / "small.png", tmp_path / "set/test/spot/99.png")
+    message = fails(*FIT, "--dataset", "set", "--splits", "test")
+    assert f"cannot read the image test/spot/99.png ({reasons['small']}" in message
+
+
+# ---- the search ------------------------------------------------------------------------------------------------------
+
+
+def in_ball(networks: Networks, x: torch.Tensor, z: torch.Tensor, steps: int) -> torch.Tensor:
+    """The search for one image in a plain loop, with the projection written out."""
+    z = z.clone().requires_grad_()
+    optimizer = torch.optim.Adam([z])
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.02 * min(1, 5 * (step + 1) / steps, 5 * (steps - step) / steps)
+        generated, generator = networks[0](z[None]), networks[1]
+        features = (generator.features(x[None]) - generator.features(generated)).abs().sum()
+        optimizer.zero_grad()
+        (0.9 * (x - generated).abs().sum() + 0.1 * features).backward()
+        optimizer.step()
+        length = z.detach().norm().item()
+        with torch.no_grad():
+            z *= min(1, 8**0.5 / length)
+    return z.detach()
+
+
+def test_a_ball_holds_every_z(tiny_networks: Networks) -> None:
+    """It ends where a plain loop over single images ends, on the sphere or inside, and no image sees another."""
+    random = torch.Generator().manual_seed(0)
+    x = 2 * torch.rand(5, 3, 32, 32, generator=random, dtype=torch.float64) - 1
+    z = torch.randn(5, 8, generator=random, dtype=torch.float64) * torch.tensor([0.1, 1, 1, 2, 4])[:, None]
+    config = fit_latent.Config(steps=25, lr=0.02, ball=True, precision="fp32")
+    found, residual, _ = fit_latent.search(tiny_networks, x, z, config)
+    lengths = found.norm(dim=1)
+    assert (lengths <= 8**0.5 + 1e-9).all() and (lengths > 8**0.5 - 1e-9).any() and (lengths < 2.5).any()
+    expected = torch.stack([in_ball(tiny_networks, *each, 25) for each in zip(x, z, strict=True)])
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(residual, (x - tiny_networks[0](found)).abs().sum((1, 2, 3)))
+    apart = [fit_latent.search(tiny_networks, *each, config)[0] for each in zip(x.split(2), z.split(2), strict=True)]
+    torch.testing.assert_close(torch.cat(apart), found, rtol=1e-7, atol=1e-7)
+
+    free, near = replace(config, ball=False), replace(config, lr=1e-3)
+    assert (fit_latent.search(tiny_networks, x, z, free)[0].norm(dim=1) > 8**0.5).any()
+    inside = 0.5 * z[:3]  # steps this small stay inside, where the ball changes nothing
+    ends = [fit_latent.search(tiny_networks, x[:3], inside, each)[0] for each in (near, replace(near, ball=False))]
+    assert torch.equal(*ends) and (ends[0].norm(dim=1) < 8**0.5).all()
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_legend_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every score, and the longest label that one judged by all patches can have."""
+    declared = {score.name: score for score in scores.with_pools(evaluate.SCORES)}
+    shown = [name for name, score in declared.items() if score.is_main or name == "mahalanobis_mean"]
+    of = {"roc_auc": 0.5, "roc_auc_95_interval": [0.4, 0.6]}
+    metrics = {name: of | {"per_class": {"spot": of}} for name in shown}
+    is_anomaly = np.arange(8) % 2 == 0
+    split = SimpleNamespace(declared=declared, is_anomaly=is_anomaly, scores=dict.fromkeys(shown, np.arange(8.0)))
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    plots.roc_curves(tmp_path / "roc.png", split, metrics, "run")
+    plots.per_class_auc(tmp_path / "per_class.png", split, metrics, "mahalanobis_mean", "run")
+    for figure in figures:
+        figure.draw_without_rendering()
+        (legend,), (axes,) = figure.legends, figure.axes
+        box = legend.get_window_extent()
+        assert box.x0 > 0 and box.x1 < figure.bbox.x1 and box.y0 > 0 and box.y1 < axes.get_window_extent().y0
+        assert len(legend.get_texts()) >= len(shown)
+    colours = [line.get_color() + line.get_linestyle() for line in figures[0].axes[0].lines]
+    assert len(set(colours)) == len(shown) + 1
