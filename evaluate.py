@@ -150,9 +150,9 @@ def judge_pictures(gan: runs.TrainedGAN, config: Config) -> dict[str, dict[str, 
     request = scores.Request(score, True, config.batch_size, config.skip_unreadable)
     normals = scores.scores_of_normals(gan, SCORES, request)
     scored = scores.score_run(gan, {"images": pictures}, SCORES, request, normals)
-    verdict = verdicts.decide(scored, normals, score, config.alpha, config.fdr)
+    verdict = verdicts.decide(scored, normals.scores, score, config.alpha, config.fdr)
     judged = scored["images"]
-    folder = judge.write(judged, normals[score], verdict)
+    folder = judge.write(judged, normals.scores[score], verdict)
     judge.print_verdicts(judged, verdict, len(pictures) - len(judged.images))
     maps = "" if judged.latents is None else " heat/ marked/"
     print(f"\nwrote {folder}/: scores.csv report.html scores.png{maps}")

@@ -177,15 +177,15 @@ def main(config: Config) -> dict[str, dict[str, Any]]:
             image_set = chosen_images(gan, split, config)
             if image_set is not None:
                 todos.append(Latents(gan, image_set, split, settings, config.shard_size, config.skip_unreadable))
-        missing = sum(todo.missing for todo in todos)
+        shares = processes.from_all(sum(todo.missing for todo in todos))  # what each process has to search
         for todo in todos:
             for patches, x in todo.missing_batches(config.batch_size or (512 if device.type == "cuda" else 64)):
                 z = nearest(x, candidates()) if encoder is None else encoder.network(x)
                 since, after_step = time.monotonic(), partial(todo.advance, len(x) / config.steps)
                 todo.add(patches, *search((gan.generator, gan.discriminator), x, z, config, after_step))
-                if missing > len(x):
-                    processes.say_how_long(missing, len(x) / (time.monotonic() - since), gan.sees)
-                missing = 0  # it is said once
+                if max(shares) > len(x):
+                    processes.say_how_long(shares, len(x) / (time.monotonic() - since), gan.sees)
+                shares = [0]  # it is said once
             latents = todo.merge()
             is_check = todo.split == "validation" and config.discrimination == "features"
             # opening CIFAR-10 takes every process

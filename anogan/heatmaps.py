@@ -7,6 +7,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch.nn.functional import adaptive_max_pool2d, interpolate
 
+from anogan import images
 from anogan.decoding import View
 
 
@@ -16,6 +17,11 @@ def difference(x: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
     1 is the whole range from black to white; of normalised images, 2 * `images.SPAN` standard deviations.
     """
     return (x - generated).abs().mean(1, keepdim=True) / 2
+
+
+def unit(normalise: bool) -> tuple[float, str]:
+    """What a `difference` is told to a person in: how many of these units a difference of 1 is, and what they are."""
+    return (2 * images.SPAN, "standard deviations") if normalise else (1.0, "of the range from black to white")
 
 
 def smoothed(of_picture: torch.Tensor, side: int) -> np.ndarray:

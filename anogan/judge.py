@@ -97,10 +97,11 @@ def print_verdicts(pictures: ScoredSplit, verdict: Verdict, unsearched: int) -> 
     """The twenty most anomalous pictures and what the flags mean; `unsearched` more pictures have no latents."""
     p_value, flagged, score = verdict.p_value["images"], verdict.flagged["images"], pictures.scores[verdict.score]
     ranked = pictures.ranked(verdict.score)
-    print(f"\n{'p_value':>8}  {verdict.score:>13}  flagged  picture")
+    width = max(13, len(verdict.score))
+    print(f"\n{'p_value':>8}  {verdict.score:>{width}}  flagged  picture")
     for i in ranked[:20]:
         name = printable(pictures.images.source[i])
-        print(f"{p_value[i]:8.3g}  {score[i]:13.5g}  {'yes' if flagged[i] else '':7}  {name}")
+        print(f"{p_value[i]:8.3g}  {score[i]:{width}.5g}  {'yes' if flagged[i] else '':7}  {name}")
     if len(ranked) > 20:
         print(f"... and {len(ranked) - 20} less anomalous ones, in scores.csv")
     if unsearched and pictures.latents is None:

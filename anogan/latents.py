@@ -201,7 +201,7 @@ class Latents:
         files.write_arrays(path, **arrays, **about)
 
 
-def stride_of(gan: runs.TrainedGAN, stride: int | None) -> int | None:
+def stride_of(gan: runs.TrainedGAN, stride: int | None = None) -> int | None:
     """How far apart the patches of a picture are, by default half their side; None for a GAN of whole pictures.
 
     Raises InputError if some pixels would lie in no patch, or there are no patches.
@@ -381,28 +381,28 @@ def fitted_images(image_set: images.ImageSet, split: str, latents: dict[str, Any
 def drawn(
     gan: runs.TrainedGAN,
     image_set: images.ImageSet,
-    latents: dict[str, Any] | None,
+    searched: dict[str, Any] | int | None,
     batch_size: int,
     skip_unreadable: bool = False,
     quiet: bool = True,
 ) -> Iterator[tuple[patches.Patches, torch.Tensor, torch.Tensor | None]]:
     """A set's patches with what G draws from their latents, batch by batch.
 
-    Yields the patches, x and G(z), each (N, C, H, H) in [-1, 1], on the device; without latents, None for G(z), and
-    patches in the grid of the default stride. Raises InputError for a picture that cannot be read, unless they are to
-    be skipped.
+    `searched` are the latents; where there are none, the stride of the patches' grid, see `stride_of`. Yields the
+    patches, x and G(z), each (N, C, H, H) in [-1, 1], on the device; without latents, None for G(z). Raises InputError
+    for a picture that cannot be read, unless they are to be skipped.
     """
-    side = gan.image_size
+    latents = searched if isinstance(searched, dict) else None
     first = None if latents is None else first_patches(latents)
 
     def corners_of(row: int, size: tuple[int, int]) -> patches.Corners:
         if latents is None:
-            return patches.grid(size, side, patches.default_stride(side))
+            return patches.grid(size, gan.image_size, searched)
         return np.stack([latents[name][first[row] : first[row + 1]] for name in ("top", "left")], 1)
 
     batches = loading.decode_batches(len(image_set), gan.view)
     decoded = loading.image_batches(image_set, batches, gan.view, skip_unreadable, quiet)
-    for some in patches.batches(one_by_one(decoded), corners_of, side, batch_size):
+    for some in patches.batches(one_by_one(decoded), corners_of, gan.image_size, batch_size):
         generated = None
         if latents is not None:
             generated = gan.generator(torch.from_numpy(latents["z"][first[some.row] + some.number]).to(gan.device))

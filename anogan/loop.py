@@ -372,20 +372,27 @@ def _check_same_settings(path: Path, before: dict[str, Any], now: dict[str, Any]
 
 @contextlib.contextmanager
 def detector_training(
-    config: TrainingConfig, command: str, file: str, load: Callable[[runs.TrainedGAN], object], same: tuple[str, ...]
+    config: TrainingConfig,
+    command: str,
+    file: str,
+    load: Callable[[runs.TrainedGAN], object],
+    same: tuple[str, ...],
+    check: Callable[[runs.TrainedGAN], None] = lambda gan: None,
 ) -> Iterator[tuple[runs.TrainedGAN, Training]]:
     """Hold the run folder, and read its GAN and the GAN's images, for the training of a detector into `file`.
 
     Seeds the first weights, which the block makes. Epochs and batch size that the config leaves open are the GAN's.
-    `load` reads a checkpoint that is there already, and refuses one that does not belong to this GAN: one of other
-    `same` fields of TrainedGAN (`gan` is its fingerprint), which become part of the settings. Raises InputError for a
-    value of the config that cannot be used, or as `runs.find_run`, `load` and `runs.images_of_gan` do.
+    `check` refuses a GAN on whose images the detector cannot learn. `load` reads a checkpoint that is there already,
+    and refuses one that does not belong to this GAN: one of other `same` fields of TrainedGAN (`gan` is its
+    fingerprint), which become part of the settings. Raises InputError for a value of the config that cannot be used, or
+    as `runs.find_run`, `check`, `load` and `runs.images_of_gan` do.
     """
     check_config(config)
     device = util.pick_device(config.device)
     run_dir = runs.find_run(config.run_dir)
     with processes.join(device), runs.run_folder(run_dir):
         gan = runs.load_gan(run_dir, device, config.dataset)
+        check(gan)
         config = replace(
             config,
             epochs=math.ceil(gan.epoch) if config.epochs is None else config.epochs,

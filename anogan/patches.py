@@ -33,15 +33,16 @@ def default_stride(side: int) -> int:
     return side // 2
 
 
-def places(length: int, side: int, stride: int) -> np.ndarray:
+def places(length: int, side: int, stride: int | None) -> np.ndarray:
     """Where patches of this side begin along an axis, so that each pixel lies in one: every `stride` pixels, and at the
-    end. One patch, centred, for an axis that is no longer than the patch."""
+    end. One patch, centred, for an axis that is no longer than the patch, as all are of whole pictures, whose stride is
+    None."""
     if length <= side:
         return np.array([-((side - length) // 2)])
     return np.append(np.arange(0, length - side, stride), length - side)
 
 
-def grid(size: tuple[int, int], side: int, stride: int) -> Corners:
+def grid(size: tuple[int, int], side: int, stride: int | None) -> Corners:
     """The corners (P, 2) of the patches that cover a picture of this (height, width), row by row."""
     tops, lefts = (places(length, side, stride) for length in size)
     return np.stack(np.meshgrid(tops, lefts, indexing="ij"), -1).reshape(-1, 2)

@@ -132,9 +132,22 @@ def film(path: Path, frames: list[bytes]) -> None:
         pictures[0].save(partial, save_all=True, append_images=pictures[1:], duration=duration, loop=0)
 
 
+def legend_below(figure: Figure, axes: Axes, title: str | None = None) -> None:
+    """A legend of these axes below all, in as many columns as the figure is wide enough for; the figure grows by it."""
+    handles, labels = axes.get_legend_handles_labels()
+    for columns in range(4, 0, -1):
+        where = {"loc": "outside lower center", "ncols": columns, "fontsize": "small"}
+        legend = figure.legend(handles, labels, title=title, **where)
+        extent = legend.get_window_extent()
+        if columns == 1 or extent.width < 0.98 * figure.bbox.width:
+            break
+        legend.remove()
+    figure.set_figheight(figure.get_figheight() + extent.height / figure.dpi)
+
+
 def roc_curves(path: Path, split: ScoredSplit, metrics: dict, title: str) -> None:
     """One ROC curve a score in `metrics`, with its area and interval from there."""
-    figure = Figure(figsize=(8, 7 + 0.1 * len(metrics)), layout="constrained")
+    figure = Figure(figsize=(8, 7), layout="constrained")
     axes = figure.subplots()
     for name in metrics:
         fpr, tpr, _ = roc_curve(split.is_anomaly, split.scores[name])
@@ -146,8 +159,7 @@ def roc_curves(path: Path, split: ScoredSplit, metrics: dict, title: str) -> Non
     axes.set(xlabel="false positive rate (normals flagged)", ylabel="true positive rate (anomalies flagged)")
     axes.set(title=title, xlim=(0, 1), ylim=(0, 1), aspect="equal")
     axes.grid(alpha=0.3)
-    # below the axes: near chance the curves fill them
-    figure.legend(title="ROC-AUC [95% interval]", loc="outside lower center", ncols=2, fontsize="small")
+    legend_below(figure, axes, "ROC-AUC [95% interval]")  # near chance the curves fill the axes
     save(figure, path)
 
 
@@ -198,7 +210,7 @@ def per_class_auc(path: Path, split: ScoredSplit, metrics: dict, judged: str, ti
     names, count = worst_classes(metrics[judged]["per_class"]), len(metrics[judged]["per_class"])
     lines = -(-len(names) // 10)
     each = -(-len(names) // lines)
-    size = max(10.0, 0.14 * len(metrics) * each + 2), 3 * lines + 1.2
+    size = max(10.0, 0.14 * len(metrics) * each + 2), 3 * lines + 0.5
     figure = Figure(figsize=size, layout="constrained")
     for i, axes in enumerate(figure.subplots(lines, 1, squeeze=False).flat):
         bars_of_classes(axes, split, metrics, names[i * each : (i + 1) * each])
@@ -207,7 +219,7 @@ def per_class_auc(path: Path, split: ScoredSplit, metrics: dict, judged: str, ti
     if len(names) < count:
         which = f"of the {len(names)} of {count} anomalous classes where {split.declared[judged].label} is worst"
     figure.suptitle(f"{title}\nAUC {which} (dotted: chance)")
-    figure.legend(*axes.get_legend_handles_labels(), fontsize="small", ncols=4, loc="outside lower center")
+    legend_below(figure, axes)
     save(figure, path)
 
 
@@ -240,16 +252,17 @@ def panels_of_images(path: Path, panels: list[list[np.ndarray]], captions: list[
     The words of an image's caption stand above its panels, one each.
     """
     lines = -(-len(captions) // 2)  # two images to a line, or the picture grows too tall to look at
-    side = max(max(panel.shape) for of_image in panels for panel in of_image)
+    shapes = [panel.shape for of_image in panels for panel in of_image]
+    side, tallest = max(map(max, shapes)), max(height for height, _, _ in shapes)
     gap = max(1, side // 16)
     places = [number * (side + gap) for number in range(4)]  # where in a strip a panel begins
-    strips = np.full((len(captions), side, places[-1] + side, 3), 255, np.uint8)
+    strips = np.full((len(captions), tallest, places[-1] + side, 3), 255, np.uint8)
     for strip, of_image in zip(strips, panels, strict=True):
         for place, panel in zip(places, of_image, strict=True):
-            height, width, _ = panel.shape  # in the middle of its square
-            top, left = (side - height) // 2, place + (side - width) // 2
+            height, width, _ = panel.shape  # in the middle of its place
+            top, left = (tallest - height) // 2, place + (side - width) // 2
             strip[top : top + height, left : left + width] = panel
-    figure = Figure(figsize=(11, 1.45 * lines + 1.2), layout="constrained")
+    figure = Figure(figsize=(11, (0.25 + 1.3 * tallest / side) * lines + 1.4), layout="constrained")
     grid = figure.subplots(lines, 2, squeeze=False)  # one axes an image: a hundred of them take seconds to lay out
     for axes in grid.flat:
         axes.axis("off")
@@ -271,9 +284,10 @@ def ranking(path: Path, groups: dict[str, tuple[list[np.ndarray], list[str], np.
 
     A group is (N images uint8 (H, W, 3), N captions, is_anomaly (N,)).
     """
-    figure = Figure(figsize=(11, 8), layout="constrained")
+    lines = -(-max(len(captions) for _, captions, _ in groups.values()) // 8)
+    figure = Figure(figsize=(11, 1 + 3.5 * lines), layout="constrained")
     for block, (name, (pictures, captions, is_anomaly)) in zip(figure.subfigures(2, 1), groups.items(), strict=True):
-        panels = block.subplots(2, 8)
+        panels = block.subplots(lines, 8, squeeze=False)
         for axes in panels.flat:
             axes.axis("off")
         for axes, image, caption, anomalous in zip(panels.flat, pictures, captions, is_anomaly, strict=False):
@@ -335,8 +349,8 @@ def difference_maps(test: ScoredSplit, verdict: Verdict) -> Path:
     score, p_value = test.scores["anomaly_score"], verdict.p_value["test"]
     captions = [[shown(test.class_name[i], 16), f"A = {score[i]:.0f}", f"p = {p_value[i]:.2g}"] for i in rows]
     is_marked = math.isfinite(verdict.level)
-    red = f"red: differs by more than {verdict.level:.2f}" if is_marked else "too few normals to mark"
-    title = f"{shown(test.gan.run_dir.name)}, test split\np of {test.declared[verdict.score].label}; {red}"
+    red = f"red: differs by more than {verdict.level_in_words}" if is_marked else "too few normals to mark"
+    title = f"{shown(test.gan.run_dir.name)}, test split\np of {test.declared[verdict.score].label}\n{red}"
     if len(all_anomalous) > len(anomalous):
         title += f"; the first {len(anomalous)} of {len(all_anomalous)} anomalous classes"
     panels_of_images(path, panels, captions, title)

@@ -121,11 +121,13 @@ def progress_bar(total: int, unit: str, **options: Any) -> tqdm:
     return tqdm(total=total, unit=unit, mininterval=0.1 if sys.stderr.isatty() else 30, disable=rank() > 0, **options)
 
 
-def say_how_long(count: int, rate: float, what: str) -> None:
-    """Before the night is spent: how long the search of so many images or patches takes, at so many a second."""
-    seconds = count / rate
+def say_how_long(shares: list[int], rate: float, what: str) -> None:
+    """Before the night is spent: how long a search takes, in which each process has so many images or patches to do, at
+    so many a second."""
+    seconds = max(max(shares) / rate, 2)
     time_left = f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
     if seconds > 5400:
         time_left = f"{seconds / 3600:.1f} hours"
     if rank() == 0:
-        tqdm.write(f"{count} {what} to search: about {time_left}, at {rate:.3g} a second")
+        each = " in each process" if len(shares) > 1 else ""
+        tqdm.write(f"{sum(shares)} {what} to search: about {time_left}, at {rate:.3g} a second{each}")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 import util
-from anogan import images, latents, loading, pictures, plots, runs
+from anogan import heatmaps, images, latents, loading, pictures, plots, runs
 
 COUNT = 32  # images or patches that are compared
 
@@ -31,9 +31,10 @@ def check(gan: runs.TrainedGAN, training: images.ImageSet, validation: images.Im
     grids = (plots.grid(images.to_display(each)) for each in (seen, generated))
     plots.samples(path, *grids, f"{plots.shown(gan.run_dir.name)}: normal {gan.sees} that G has not seen")
     one, several = ("patch", "patches") if gan.view.has_patches else ("picture", "normals")
+    factor, unit = heatmaps.unit(gan.view.normalise)
     print(
-        f"reconstruction check: G(z) leaves {left:.3f} of the range from black to white in {len(seen)} validation "
-        f"{several}, the median {one} leaves {left_by_median:.3f}: "
+        f"reconstruction check: G(z) leaves {factor * left:.3f} {unit} in {len(seen)} validation "
+        f"{several}, the median {one} leaves {factor * left_by_median:.3f}: "
         f"G explains {explained:.0%}, see {path}"
     )
     if explained <= 0:

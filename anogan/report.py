@@ -89,7 +89,7 @@ def write(path: Path, page: Page, strips: Iterator[bytes]) -> None:
         },
         without_picture=len(rows) - len(pictures),
         searched=split.latents is not None,
-        level=verdict.level if math.isfinite(verdict.level) else None,
+        level=verdict.level_in_words if math.isfinite(verdict.level) else None,
     )
     with files.replacing(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")

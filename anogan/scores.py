@@ -91,6 +91,7 @@ def worst_tenth(of_patches: np.ndarray) -> float:
 
 # How a picture's score is made of those of its patches, and what figures call it
 POOLS = {"worst": (np.max, "worst patch"), "tenth": (worst_tenth, "worst tenth"), "mean": (np.mean, "mean of patches")}
+POOLED = "tab:cyan"  # of a score that figures show beside that of the worst patch
 
 
 def pooled(of_patches: np.ndarray, rows: np.ndarray, pool: str) -> np.ndarray:
@@ -108,7 +109,7 @@ def with_pools(declared: Sequence[Score]) -> list[Score]:
         found.append(score)
         if score.of == "patch" and not score.parts:
             found += [
-                replace(score, name=f"{score.name}_{pool}", label=f"{score.label}, {words}", pool=pool)
+                replace(score, name=f"{score.name}_{pool}", label=f"{score.label}, {words}", pool=pool, colour=POOLED)
                 for pool, (_, words) in POOLS.items()
                 if pool != score.pool
             ]
@@ -133,15 +134,9 @@ def p_d(discriminator: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _fitted(name: str, fits: dict[str, dict[str, Any]], batch: Batch) -> np.ndarray:
-    """What the search left of each image of a batch (N,). Raises InputError if it was of other patches."""
-    of_split, some = fits[batch.split], batch.patches
-    found = latents.first_patches(of_split)[some.row] + some.number
-    corners = np.stack([of_split[each].take(found, mode="clip") for each in ("top", "left")], 1)
-    if not np.array_equal(corners, some.corners):
-        raise InputError(
-            f"the searches of {batch.split} are of other patches: run fit_latent.py with the same --stride"
-        )
-    return of_split[name][found]
+    """What the search left of each image of a batch (N,)."""
+    of_split = fits[batch.split]
+    return of_split[name][latents.first_patches(of_split)[batch.rows] + batch.patches.number]
 
 
 def _fitted_score(fits: dict[str, dict[str, Any]], batch: Batch) -> np.ndarray:
@@ -247,6 +242,7 @@ class ScoredSplit:
     scores: dict[str, np.ndarray]  # by name, each (N,)
     declared: dict[str, Score]  # the same names
     batch_size: int  # images that go through the networks at once
+    stride: int | None = None  # of the patches that the scores are of; None for whole pictures
 
     @property
     def search(self) -> dict[str, Any] | None:
@@ -266,7 +262,7 @@ class ScoredSplit:
     ) -> Iterator[tuple[patches.Patches, torch.Tensor, torch.Tensor | None]]:
         """Patches, x and G(z) of all pictures or of these rows, see `latents.drawn`; `row` counts these rows."""
         rows = np.arange(len(self.images)) if rows is None else rows
-        found = None if self.latents is None else latents.taken(self.latents, rows)
+        found = self.stride if self.latents is None else latents.taken(self.latents, rows)
         return latents.drawn(self.gan, self.images.take(rows), found, self.batch_size)
 
     def heats(self, rows: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:
@@ -324,13 +320,13 @@ def score_run(
     image_sets: ImageSets,
     declared: Sequence[Score],
     request: Request,
-    of_normals: dict[str, np.ndarray] | None = None,
+    normals: "Normals | None" = None,
 ) -> dict[str, ScoredSplit]:
     """Every declared score that the run folder allows, of these sets' images.
 
-    Where the sets were searched, only the images that were. `of_normals` are the scores of validation images, (V,) each
-    by name, which other scores are made with; by default those of the set `validation`. Raises InputError if the score
-    that was asked for is not there, or a file is missing, damaged or of something else.
+    Where the sets were searched, only the images that were. The scores of validation, which other scores are made with,
+    are `normals`, by default those of the set `validation`. Raises InputError if the score that was asked for is not
+    there, or a file is missing, damaged or of something else.
     """
     declared = declared_for(gan, declared)
     loaded, image_sets = _load_sources(gan, image_sets, declared, request)
@@ -338,9 +334,11 @@ def score_run(
     if LATENTS not in loaded:
         print("without difference maps, since these images were not searched: fit_latent.py does it")
     scored: dict[str, ScoredSplit] = {}
+    stride = _stride(gan, loaded, normals)
     for split, image_set in image_sets.items():
         found = loaded[LATENTS][split] if LATENTS in loaded else None
-        drawn = latents.drawn(gan, image_set, found, request.batch_size, request.skip_unreadable, quiet=False)
+        searched = stride if found is None else found
+        drawn = latents.drawn(gan, image_set, searched, request.batch_size, request.skip_unreadable, quiet=False)
         by_name, readable = _score_batches(split, loaded, present, drawn)
         image_set = image_set.take(readable)
         class_name = image_set.class_name
@@ -353,13 +351,23 @@ def score_run(
             scores=by_name,
             declared={score.name: score for score in present},
             batch_size=request.batch_size,
+            stride=stride,
         )
     for score in present:  # those made of others come last: validation has all the others by then
         if score.parts:
-            normals = scored["validation"].scores if of_normals is None else of_normals
+            of_normals = scored["validation"].scores if normals is None else normals.scores
             for each in scored.values():
-                each.scores[score.name] = score.function(each.scores, normals)
+                each.scores[score.name] = score.function(each.scores, of_normals)
     return scored
+
+
+def _stride(gan: runs.TrainedGAN, loaded: dict[Source, Any], normals: "Normals | None") -> int | None:
+    """From which patches the scores of pictures are made: those that were searched, else those of the normals that they
+    are compared with, since of more patches the worst is worse."""
+    for source in (LATENTS, REFERENCE):
+        if source in loaded:
+            return next(iter(loaded[source].values()))["search"]["stride"]
+    return latents.stride_of(gan) if normals is None else normals.stride
 
 
 def declared_for(gan: runs.TrainedGAN, declared: Sequence[Score]) -> Sequence[Score]:
@@ -370,15 +378,24 @@ def declared_for(gan: runs.TrainedGAN, declared: Sequence[Score]) -> Sequence[Sc
 # ---- the scores of validation normals, which a verdict compares with ------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Normals:
+    """What a verdict compares with."""
+
+    scores: dict[str, np.ndarray]  # of the validation images, (V,) each by name
+    stride: int | None  # of the patches that they are of, see `ScoredSplit`
+
+
 def keep_normals(validation: ScoredSplit) -> None:
     """Write the scores of the validation images to the run folder, which then judges pictures without the data set."""
     gan, rests_on = validation.gan, json.dumps(fingerprints({"validation": validation}))
     about = {"index": validation.images.index, "split": "validation", "gan": gan.fingerprint, "rests_on": rests_on}
+    about["stride"] = json.dumps(validation.stride)
     files.write_arrays(gan.run_dir / NORMALS, **validation.scores, **about)
 
 
-def scores_of_normals(gan: runs.TrainedGAN, declared: Sequence[Score], request: Request) -> dict[str, np.ndarray]:
-    """Every score of the validation images, (V,) each by name: as they were kept, or scored and kept now.
+def scores_of_normals(gan: runs.TrainedGAN, declared: Sequence[Score], request: Request) -> Normals:
+    """Every score of the validation images: as they were kept, or scored and kept now.
 
     Raises InputError if they must be scored, and as `score_run` does or because the data set is not there.
     """
@@ -397,8 +414,9 @@ def scores_of_normals(gan: runs.TrainedGAN, declared: Sequence[Score], request: 
             rests_on = json.loads(str(kept["rests_on"]))
             names = {score.source.file.format(split="validation") for score in there}
             is_current = all(rests_on.get(name) == files.fingerprint(gan.run_dir / name) for name in names)
-            if is_current and all(s.name in kept for s in there) and _has_images(gan, kept["index"]):
-                return {score.name: kept[score.name] for score in there}
+            is_whole = all(name in kept for name in ("stride", *(score.name for score in there)))
+            if is_current and is_whole and _has_images(gan, kept["index"]):
+                return Normals({score.name: kept[score.name] for score in there}, json.loads(str(kept["stride"])))
     if not runs.data_is_there(gan):
         raise InputError(
             f"{gan.run_dir} does not keep the scores of its validation images, and its data set is not in "
@@ -406,7 +424,7 @@ def scores_of_normals(gan: runs.TrainedGAN, declared: Sequence[Score], request: 
         )
     scored = score_run(gan, {"validation": runs.open_split(gan, "validation")}, declared, request)["validation"]
     keep_normals(scored)
-    return scored.scores
+    return Normals(scored.scores, scored.stride)
 
 
 def _has_images(gan: runs.TrainedGAN, index: np.ndarray) -> bool:
@@ -436,6 +454,8 @@ def _load_sources(
             continue
         try:
             found = source.load(gan, image_sets)
+            if source is REFERENCE and LATENTS in loaded:
+                _check_same_patches(loaded[LATENTS], found)
             if source is LATENTS:
                 image_sets = {name: _searched(each, name, found[name]) for name, each in image_sets.items()}
         except InputError as error:
@@ -454,6 +474,17 @@ def _load_sources(
         names = ", ".join(score.name for score in declared if score.source in loaded)
         raise InputError(f"there is no score {wanted.name} here, but {names}: {reason}")
     return loaded, image_sets
+
+
+def _check_same_patches(fits: dict[str, dict[str, Any]], references: dict[str, dict[str, Any]]) -> None:
+    """Raise InputError unless the search by features and that of GAN_R were of the same patches of a picture."""
+    for split, reference in references.items():
+        strides = [of["search"]["stride"] for of in (fits[split], reference)]
+        if strides[0] != strides[1]:
+            raise InputError(
+                f"the two searches of {split} are of other patches (stride {strides[0]} and {strides[1]}): run "
+                f"fit_latent.py --discrimination reference --stride {strides[0]}"
+            )
 
 
 def _searched(image_set: images.ImageSet, split: str, fits: dict[str, Any]) -> images.ImageSet:

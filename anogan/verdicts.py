@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import beta, false_discovery_control
 
+from anogan import heatmaps
 from anogan.scores import ScoredSplit
 from util import quoted
 
@@ -85,6 +86,13 @@ class Verdict:
     level: float  # of a heat map: at most a share alpha of normals has a pixel that passes it
     brightest: float  # the difference from which on a heat map has its brightest colour
     normals: int  # how many validation normals it compares with
+    unit: tuple[float, str] = heatmaps.unit(normalise=False)  # of the level, see there
+
+    @property
+    def level_in_words(self) -> str:
+        """The level as a person is told it: 0.123 of the range from black to white, or 1.23 standard deviations."""
+        factor, name = self.unit
+        return f"{factor * self.level:.3g} {name}"
 
 
 def decide(
@@ -108,6 +116,7 @@ def decide(
         level=level,
         brightest=2 * level if math.isfinite(level) else largest,
         normals=len(normals[score]),
+        unit=heatmaps.unit(next(iter(scored.values())).gan.normalise),
     )
 
 
@@ -155,7 +164,8 @@ def advice(test: ScoredSplit, verdict: Verdict, metrics: dict[str, dict[str, Any
     again = f"python evaluate.py {run_dir}"
     natural = "- for natural pictures, such as animals or vehicles: "
     if "combined" not in metrics:
-        lines.append(f"{natural}python -m detectors.rotnet {run_dir}, then {again}")
+        if test.gan.augment is None:
+            lines.append(f"{natural}python -m detectors.rotnet {run_dir}, then {again}")
     elif verdict.score != "combined" and is_good("combined"):
         lines.append(f"{natural}{again} --score combined")
     small, size = "- for small defects: ", test.gan.image_size

@@ -117,7 +117,7 @@ def score_by(gan: runs.TrainedGAN, name: str, test: images.ImageSet) -> Callable
     """Work that can be timed: a score that needs no search, of test images, which are decoded before."""
     score = DECLARED[name]
     loaded = score.source.load(gan, {"test": test})
-    drawn = latents.drawn(gan, test, None, evaluate.Config().batch_size)
+    drawn = latents.drawn(gan, test, latents.stride_of(gan), evaluate.Config().batch_size)
     batches = [Batch("test", some, x, None) for some, x, _ in drawn]
 
     def work() -> None:

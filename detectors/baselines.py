@@ -93,7 +93,7 @@ def scores_of_split(
     """
     image_set = runs.open_split(gan, split)
     of_patches, rows = {name: [] for name in models}, []
-    for some, x, _ in latents.drawn(gan, image_set, None, 1024, skip_unreadable, quiet=False):
+    for some, x, _ in latents.drawn(gan, image_set, latents.stride_of(gan), 1024, skip_unreadable, quiet=False):
         components = pca.transform(to_vectors(x))
         rows.append(some.row)
         for name, model in models.items():

@@ -132,6 +132,15 @@ def train(loop: Loop, rotnet: nn.Module, optimizer: Adam) -> None:
         loop.log(loss=loss, accuracy=(logits.argmax(1) == turn).float().mean())
 
 
+def check_direction(gan: runs.TrainedGAN) -> None:
+    """Raise InputError for a GAN whose pictures have no direction: then no network can tell how they were turned."""
+    if gan.augment is not None:
+        raise util.InputError(
+            f"RotNet learns to tell by how much a picture was turned, and {gan.run_dir} was trained with --augment "
+            f"{gan.augment}, for pictures without a direction: use the other scores, or train without --augment"
+        )
+
+
 def build(gan: runs.TrainedGAN) -> RotNet:
     """RotNet of the GAN's sizes."""
     return RotNet(gan.image_size, gan.image_channels, gan.ndf)
@@ -311,7 +320,7 @@ COMBINED = Score(
 
 def main(config: Config) -> Path:
     """Check what was asked for, read the GAN's images, and train RotNet; returns the run folder."""
-    with detector_training(config, COMMAND, "rotnet.pt", load, SAME) as (gan, training):
+    with detector_training(config, COMMAND, "rotnet.pt", load, SAME, check_direction) as (gan, training):
         rotnet = build(gan).apply(initialise_weights)
         optimizer = prepare(rotnet, training.config, gan.device)
         with Loop(training, {"rotnet": rotnet, "optimizer": optimizer}, CURVES) as loop:
