@@ -42,8 +42,7 @@ class Config:
     group_by: str | None = None  # a regular expression: files in whose names it finds the same stay on one side
     image_size: int = 32  # side in pixels of what the networks see, a power of two from 32 up
     fit: Literal["crop", "stretch", "pad"] = "crop"  # a picture to a square: its middle, squeezed, or on black
-    # instead of whole pictures, patches of image_size: from pictures with a shorter side of so many pixels, or `own`
-    picture_size: int | Literal["own"] | None = None
+    picture_size: int | Literal["own"] | None = None  # patches: of pictures with this shorter side, or their own size
     normalise: Literal["patch"] | None = None  # patch: each image or patch to the same mean and contrast
     augment: pictures.Augment | None = None  # for pictures without a direction: mirrored, or also turned, at random
     latent_dim: int = 128  # length of z

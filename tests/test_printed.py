@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from anogan import report, verdicts
+from anogan.decoding import View
 
 
 def figures(roc_auc: float, half_width: float, **more: object) -> dict[str, object]:
@@ -26,7 +27,8 @@ def figures(roc_auc: float, half_width: float, **more: object) -> dict[str, obje
 
 def advice(judged: str, **of_scores: float) -> str:
     """The advice of a run in which the scores have these ROC-AUCs ± 0.1."""
-    test = SimpleNamespace(gan=SimpleNamespace(run_dir=Path("outputs/my run"), image_size=64))
+    gan = SimpleNamespace(run_dir=Path("outputs/my run"), image_size=64, view=View(64, 3), augment=None)
+    test = SimpleNamespace(gan=gan)
     verdict = verdicts.Verdict(judged, 0.05, None, 0.0, {}, {}, 1.0, 1.0, 9)
     return "\n".join(verdicts.advice(test, verdict, {name: figures(auc, 0.1) for name, auc in of_scores.items()}))
 
@@ -92,7 +94,8 @@ def test_a_table_of_hundreds_of_classes(capsys: pytest.CaptureFixture[str]) -> N
     per_class |= {"two\nlines \udcff": figures(0, 0)}
     against = {"roc_auc_minus_judged": -1e-9, "roc_auc_minus_judged_95_interval": [-0.1, 0.1]}
     of = figures(0.7, 0.1, per_class=per_class, **against)
-    report.print_table({"threshold": {"score": "peak"}, "normal_class": "a\tb", "test": {"peak": of, "residual": of}})
+    found = {"threshold": {"score": "peak"}, "normal_class": "a\tb", "test": {"peak": of, "residual": of}}
+    report.print_table(found, ["peak", "residual"])
     lines = capsys.readouterr().out.splitlines()
     rows = [line.strip()[:8] for line in lines if line.startswith("  ")]
     assert len(rows) == 30 and rows[:2] == ["two\\nlin", f"kind {values.argmin():03d}"]

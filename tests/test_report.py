@@ -53,8 +53,7 @@ def written(
     split = ScoredSplit(
         gan=None,
         images=ImageSet("mine", [], np.arange(count), np.full(count, -1), np.array(names), None),
-        z=np.zeros((count, 1)),
-        search=None,
+        latents={"z": np.zeros((count, 1))},
         class_name=np.array(classes)[np.arange(count) % len(classes)],
         is_anomaly=np.zeros(count, bool),
         scores={"anomaly_score": score, "residual": -score},
@@ -62,6 +61,7 @@ def written(
             name: Score(name, f"{name}, as it is", GAN, None, "tab:blue") for name in ("anomaly_score", "residual")
         },
         batch_size=1,
+        stride=None,
     )
     flagged = score >= 0.9
     p_value, flags = {"images": 1 - score}, {"images": flagged}

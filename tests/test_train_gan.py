@@ -21,7 +21,7 @@ from torch.nn.functional import logsigmoid
 import fit_latent
 import train_gan
 import util
-from anogan import loop, runs
+from anogan import loop, reconstruction, runs
 from anogan.decoding import View
 from anogan.images import ImageSet, to_model
 from anogan.pictures import Pictures
@@ -232,8 +232,9 @@ def test_reconstruction_check(digits_workdir: Path, tmp_path: Path, capsys: pyte
         x, config = to_model(pixels[:3]), fit_latent.Config(precision="fp32")
         start = fit_latent.nearest(x, fit_latent.draw_candidates(gan.generator, gan.latent_dim, 1000, seed=0))
         z, residual, _ = fit_latent.search((gan.generator, gan.discriminator), x, start, config)
-        latents = {"source": names[:3], "z": z.numpy(), "residual": residual.numpy()}
-        fit_latent.check_reconstruction(gan, made, made.take(slice(3)), latents)
+        found = {"source": names[:3], "index": np.arange(3), "class_name": names[:3], "picture": np.arange(3)}
+        found |= {"z": z.numpy(), **dict.fromkeys(("residual", "discrimination"), residual.numpy())}
+        reconstruction.check(gan, made, made.take(slice(3)), found | dict.fromkeys(("top", "left"), np.zeros(3, int)))
         explained.append(int(capsys.readouterr().out.split("G explains ")[1].split("%")[0]))
         assert (run_dir / "reconstructions.png").is_file()
     assert explained[0] > 60 and explained[1] < 20
