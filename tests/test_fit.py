@@ -15,7 +15,7 @@ from conftest import TINY
 from PIL import ExifTags, Image
 from scipy.ndimage import binary_dilation
 
-from anogan import heatmaps, judge, metrics, runs, scores
+from anogan import heatmaps, judge, metrics, plots, runs, scores
 
 CPU = ["--device", "cpu"]
 CROP, STRETCH, PAD = (["--fit", fit] for fit in ("crop", "stretch", "pad"))
@@ -132,6 +132,7 @@ def test_what_is_found_lies_on_the_mask(
     flags: list[str], bits: int, tmp_path: Path, run_here: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "99")  # decodes in this process: to start others takes longer
+    monkeypatch.setattr(plots, "save", lambda figure, path: None)  # nobody looks at the figures
     masks = draw_data_set(tmp_path / "set", bits)
     of_run = ["--run-dir", "run", "--epochs", "1", "--lr", "0"]  # G stays at the grey that it begins with
     run_here("train_gan.py", "--dataset", "set", *TINY, *of_run, *flags)

@@ -16,7 +16,7 @@ from conftest import TINY, run_together, start
 from PIL import Image
 from test_long_runs import assert_same_training
 
-from anogan import images, loading, loop, patches, pictures, reconstruction, runs
+from anogan import images, loading, loop, patches, pictures, plots, reconstruction, runs
 from anogan.decoding import View
 from anogan.pictures import Pictures
 
@@ -242,17 +242,17 @@ def test_normalised_by_hand() -> None:
 # ---- training -------------------------------------------------------------------------------------------------------
 
 OWN = ["--picture-size", "own"]
-TRAIN = ["train_gan.py", "--dataset", "set", "--run-dir", "run", "--epochs", "2", *TINY, "--checkpoint-every", "10"]
+TRAIN = ["train_gan.py", "--dataset", "set", "--run-dir", "run", "--epochs", "2", *TINY, "--checkpoint-every", "14"]
 TRAIN += ["--batch-size", "4", "--precision", "fp32"]
 ALL = [*TRAIN, *OWN, "--augment", "turns", "--normalise", "patch"]
 SMALL = 5000  # bytes of pictures in memory: two of them have more
 
-# Run a script with so many bytes of pictures in memory, and be killed: after 15 steps, while the file of pictures is
+# Run a script with so many bytes of pictures in memory, and be killed: after 18 steps, while the file of pictures is
 # written, or before it is described; or be on another machine than the first process
 LAUNCH = """
 import os, signal, sys
 from conftest import run_main
-from anogan import files, loading, loop, pictures
+from anogan import files, loading, loop, pictures, plots
 
 def dying(function, calls):
     def call(*arguments, **options):
@@ -267,10 +267,11 @@ def one_by_one(batches, count, name="reading"):
     for batch in batches:
         yield dying_picture(batch)
 
+plots.save = lambda figure, path: None
 pictures.MEMORY, moment, *command = int(sys.argv[1]), *sys.argv[2:]
 dying_picture = dying(lambda batch: batch, 5)
 if moment == "step":
-    loop.Loop.log = dying(loop.Loop.log, 15)
+    loop.Loop.log = dying(loop.Loop.log, 18)
 elif moment == "picture":
     loading.with_bar = one_by_one
 elif moment == "description":
@@ -292,6 +293,7 @@ def noise(path: Path, size: tuple[int, int], seed: int, in_colour: bool = False)
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Ten grey pictures of several sizes in the folder `set`, all of which train."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "99")  # decodes in this process: to start others takes longer
+    monkeypatch.setattr(plots, "save", lambda figure, path: None)  # nobody looks at the figures
     for i in range(10):
         noise(tmp_path / f"set/train/good/{i}.png", (50 + 5 * i, 90 - 4 * i), i)
     noise(tmp_path / "set/validation/good/0.png", (64, 64), 11)
@@ -312,9 +314,9 @@ def test_a_killed_training_from_a_file_is_one_from_memory_that_nothing_disturbed
     assert not Path("run", pictures.FILE).exists()
     Path("run").rename("whole")
     code, printed = launch(tmp_path, "step", *ALL)
-    assert code == -signal.SIGKILL and torch.load("run/gan.pt", weights_only=True)["step"] == 10, printed
+    assert code == -signal.SIGKILL and torch.load("run/gan.pt", weights_only=True)["step"] == 14, printed
     code, printed = launch(tmp_path, "", *ALL)
-    assert code == 0 and "holds 10 steps" in printed, printed
+    assert code == 0 and "holds 14 steps" in printed, printed
     assert Path("run", pictures.FILE).exists()
     assert_same_training(Path("run"), Path("whole"))
     # nothing is decoded again, for a detector neither
