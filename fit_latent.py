@@ -20,7 +20,6 @@ AVX-512, shared with other jobs.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -154,8 +153,7 @@ def main(config: Config) -> dict[str, dict[str, Any]]:
     check(config)
     device = util.pick_device(config.device)
     run_dir = runs.find_run(config.run_dir)
-    # with slower machines among them, the fastest process waits long for the last
-    with processes.join(device, patience=timedelta(days=1)), runs.run_folder(run_dir):
+    with processes.join(device), runs.run_folder(run_dir):
         gan = runs.load_gan(run_dir, device, config.dataset, config.max_megapixels)
         precision = util.pick_precision(config.precision, device)
         print(

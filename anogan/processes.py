@@ -14,12 +14,15 @@ from tqdm import tqdm
 
 from util import InputError
 
+# How long a process waits for another: for the slowest of a search, or for one that writes a file of pictures for all
+PATIENCE = timedelta(days=1)
+
 
 @contextlib.contextmanager
-def join(device: torch.device, patience: timedelta = timedelta(minutes=30)) -> Iterator[None]:
+def join(device: torch.device) -> Iterator[None]:
     """Join what torchrun started to one group, in which rank 0 alone prints to stdout. Without torchrun do nothing.
 
-    `patience` is how long a process waits for another. Raises InputError when another has ended.
+    Raises InputError when another process has ended.
     """
     if not distributed.is_torchelastic_launched():
         yield
@@ -28,7 +31,7 @@ def join(device: torch.device, patience: timedelta = timedelta(minutes=30)) -> I
     if device.type == "cuda":
         backend = "cpu:gloo,cuda:nccl"  # gloo for tensors on the CPU, nccl for gradients
         torch.cuda.set_device(device)
-    distributed.init_process_group(backend, timeout=patience)
+    distributed.init_process_group(backend, timeout=PATIENCE)
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
             yield

@@ -47,7 +47,12 @@ def test_advice_only_at_chance() -> None:
 def test_advice_leaves_out_what_was_done() -> None:
     found = advice("anomaly_score", anomaly_score=0.5, peak=0.8)
     assert ROTNET in found and PEAK in found and "fit_latent.py" not in found
-    assert found.index(ROTNET) < found.index(PEAK) < found.index("--image-size") < found.index("docs/own-pictures.md")
+    assert (
+        found.index(ROTNET)
+        < found.index(PEAK)
+        < found.index("--picture-size own")
+        < found.index("docs/own-pictures.md")
+    )
     # peak was looked at: judged by, or at chance too
     assert "--score peak" not in advice("peak", anomaly_score=0.5, peak=0.5)
     assert "--score peak" not in advice("anomaly_score", anomaly_score=0.5, peak=0.55)
