@@ -82,15 +82,17 @@ def mark_pictures(folder: Path, pictures: ScoredSplit, verdict: Verdict) -> None
         for row, heat in pictures.heats():
             picture = pictures.images.picture(row, pictures.gan.view)
             whole = heatmaps.at_own_size(heat, picture.size, pictures.gan.view)
-            for kind, pixels in (
-                ("heat", heatmaps.coloured(whole, verdict.brightest)),
-                ("marked", heatmaps.marked(np.asarray(picture), whole, verdict.level)),
-            ):
-                path = folder / kind / source[row].relative_to(top)
-                files.make_folder(path.parent)
-                with files.writing(path):
-                    Image.fromarray(pixels).save(path.with_name(f"{path.name}.png"), "PNG")
+            name = source[row].relative_to(top)
+            _save(folder / "heat" / name, heatmaps.coloured(whole, verdict.brightest))
+            _save(folder / "marked" / name, heatmaps.marked(np.asarray(picture), whole, verdict.level))
             bar.update()
+
+
+def _save(path: Path, pixels: np.ndarray) -> None:
+    """Write a picture, uint8 (H, W, 3), to this path with .png behind its name."""
+    files.make_folder(path.parent)
+    with files.writing(path):
+        Image.fromarray(pixels).save(path.with_name(f"{path.name}.png"), "PNG")
 
 
 def print_verdicts(pictures: ScoredSplit, verdict: Verdict, unsearched: int) -> None:

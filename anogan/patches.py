@@ -138,5 +138,6 @@ class Stitching:
             self._sum[:, *of_picture] += (window * maps[i])[:, *of_patch]
             self._weight[of_picture] += window[of_patch]
             if patches.number[i] == patches.of[i] - 1:
-                yield row, self._sum.div_(self._weight)
-                self._row = None
+                whole = self._sum.div_(self._weight)
+                self._row, self._sum, self._weight = None, torch.empty(0), torch.empty(0)  # they may be large
+                yield row, whole

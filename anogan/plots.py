@@ -26,7 +26,7 @@ from anogan.verdicts import Verdict
 from util import printable
 
 DPI = 120  # dots per inch of every figure
-LONGEST = 256  # pixels of the longer side of a panel in difference_maps.png
+LONGEST = 256  # pixels of the longer side of a picture in ranking.png, and of a panel in difference_maps.png
 
 
 # ---- names from outside ---------------------------------------------------------------------------------------------
@@ -324,7 +324,7 @@ def of_scores(test: ScoredSplit, verdict: Verdict, metrics: dict[str, dict]) -> 
     count = min(16, (len(ranked) + 1) // 2)  # or a small set would show its images twice
     groups = {
         f"most {kind}": (
-            [shown_picture.real for shown_picture in test.shown(rows)],
+            [heatmaps.thumbnail(each.real, LONGEST) for each in test.shown(rows)],
             [f"{shown(test.class_name[i], 16)}\n{score[i]:.4g}" for i in rows],
             test.is_anomaly[rows],
         )

@@ -99,9 +99,7 @@ def strips(split: ScoredSplit, verdict: Verdict) -> Iterator[bytes]:
     """Each image's panels side by side, the most anomalous first, as the bytes of a WebP file."""
     for shown in split.shown(split.ranked(verdict.score)):
         if shown.heat is None:
-            real = Image.fromarray(shown.real)
-            real.thumbnail((LONGEST, LONGEST))
-            panels = [np.asarray(real)]
+            panels = [heatmaps.thumbnail(shown.real, LONGEST)]
         else:
             of = shown.real, shown.generated, shown.heat
             panels = heatmaps.panels(*of, verdict.level, verdict.brightest, LONGEST)

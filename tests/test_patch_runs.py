@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -157,7 +158,9 @@ def test_strides(run_dir: Path, patch_workdir: Path, run_here: Run, fails: Fails
     few = [*FIT, "--run-dir", str(RUN), "--steps", "1"]
     for stride in (32, 8):
         run_here(*few, "--splits", "validation", "--stride", str(stride))
-        assert "was fitted with other settings: searching again" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "was fitted with other settings: searching again" in printed
+        assert re.search(r"leaves 0.\d+ standard deviations in 32 validation patches, the median patch leaves", printed)
         found = of_split(run_dir, "validation")
         expected = [(number, *corner) for number, size in enumerate(sizes) for corner in grid_of(size, stride)]
         assert list(zip(*(found[name].tolist() for name in ("picture", "top", "left")), strict=True)) == expected
