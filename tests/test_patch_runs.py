@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,14 +22,16 @@ import torch
 from conftest import TINY, read_scores, run_together, start
 from PIL import Image
 from scipy.ndimage import gaussian_filter
+from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
+from sklearn.svm import OneClassSVM
 from test_long_runs import assert_same_latents, finish
 from test_pictures import CPU, read_verdicts
 from test_search import Networks
 
 import evaluate
 import fit_latent
-from anogan import latents, plots, runs, scores, verdicts
+from anogan import heatmaps, images, latents, plots, reconstruction, runs, scores, verdicts
 from anogan.scores import ScoredSplit
 from detectors import acae, f_anogan, rotnet
 from util import InputError
@@ -259,7 +262,9 @@ def test_pictures_in_any_order_and_from_anywhere(run_dir: Path, tmp_path: Path, 
     for name in ("z", "residual", "discrimination", "picture", "top", "left", "index"):
         np.testing.assert_array_equal(again[name], found[name])
     (tmp_path / "elsewhere").mkdir()
-    finish(tmp_path / "elsewhere", [*EVALUATE, "--run-dir", str(run_dir), "--images", "../set/new"])
+    printed = finish(tmp_path / "elsewhere", [*EVALUATE, "--run-dir", str(run_dir), "--images", "../set/new"])
+    header, *rows = printed[printed.index(" p_value  anomaly_score_mean  flagged  picture") :].splitlines()[:5]
+    assert all(row.index(str(tmp_path)) == header.index("picture") for row in rows)  # however long the score's name is
     verdicts = read_verdicts(run_dir / "images-new")
     assert sorted(verdicts) == [str(tmp_path / name) for name in names]
 
@@ -292,6 +297,10 @@ def test_scores_are_those_of_the_patches(patch_workdir: Path) -> None:
     """The worst patch, the mean of the worst tenth and the mean of all; peak is of the map of the whole picture."""
     gan = runs.load_gan(patch_workdir / RUN, torch.device("cpu"))
     rows = read_scores(patch_workdir / RUN)
+    training = gan.to_model(runs.images_of_gan(gan).some(5000)).flatten(1)  # patches: 9 pictures have some 20
+    components = PCA(0.95, svd_solver="full").fit(training)
+    one_class = OneClassSVM(nu=0.1, gamma="scale").fit(components.transform(training))
+    assert len(training) > 15
     for split in ("validation", "test"):
         found, reference = (of_split(patch_workdir / RUN, split, which) for which in (False, True))
         own = {name: np.array([float(r[name]) for r in rows if r["split"] == split]) for name in list(rows[0])[6:]}
@@ -314,6 +323,8 @@ def test_scores_are_those_of_the_patches(patch_workdir: Path) -> None:
         for name, values in of_patches.items():
             for ending, expected in pooled(values, found["picture"]).items():
                 np.testing.assert_allclose(own[name + ending], expected, rtol=1e-4, err_msg=name + ending)
+        vectors = -one_class.score_samples(components.transform(x.flatten(1)))
+        np.testing.assert_allclose(own["oc_svm"], pooled(vectors, found["picture"])[""], rtol=1e-4)
         peaks = [stitched(patch_workdir / "set", gan, found, number).max() for number in range(len(found["source"]))]
         np.testing.assert_allclose(own["peak"], peaks, rtol=1e-4)
         assert not {"peak_mean", "combined_mean", "kde_mean"} & set(own)  # of a map, of other scores, of a picture
@@ -583,3 +594,27 @@ def test_no_legend_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert len(legend.get_texts()) >= len(shown)
     colours = [line.get_color() + line.get_linestyle() for line in figures[0].axes[0].lines]
     assert len(set(colours)) == len(shown) + 1
+
+
+# ---- large pictures --------------------------------------------------------------------------------------------------
+
+
+def peak_of(function: Callable[[], object]) -> float:
+    """The most megabytes that Python and NumPy held at once for what a function did."""
+    tracemalloc.start()
+    function()
+    peak = tracemalloc.get_traced_memory()[1] / 1e6
+    tracemalloc.stop()
+    return peak
+
+
+def test_large_pictures_are_held_one_at_a_time(patch_workdir: Path, tmp_path: Path) -> None:
+    """For the median of training patches, and in colours: what a network sees of a megapixel takes 4 MB itself."""
+    gan = runs.load_gan(patch_workdir / RUN, torch.device("cpu"))
+    save(tmp_path / "0.png", np.zeros((1000, 1000), np.uint8))
+    for i in range(1, 40):
+        (tmp_path / f"{i}.png").hardlink_to(tmp_path / "0.png")
+    training = images.open_pictures([str(tmp_path)])
+    assert peak_of(lambda: reconstruction._median(gan, training)) < 15  # of 40
+    x = torch.zeros(1, 1000, 1000)
+    assert peak_of(lambda: heatmaps.to_rgb(x)) < 15
