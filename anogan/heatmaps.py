@@ -1,14 +1,20 @@
 """Where a picture differs from what G drew for it: heat maps, as the networks see it and at the picture's own size."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from matplotlib import colormaps
 from PIL import Image
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, zoom
 from torch.nn.functional import adaptive_max_pool2d, interpolate
 
 from anogan import images
 from anogan.decoding import View
+
+FEWEST = 20  # normal pictures from which a deviation is known well enough
+LARGEST = 4_000_000  # pixels of a picture for which what is usual is kept at each place
 
 
 def difference(x: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
@@ -19,8 +25,10 @@ def difference(x: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
     return (x - generated).abs().mean(1, keepdim=True) / 2
 
 
-def unit(normalise: bool) -> tuple[float, str]:
-    """What a `difference` is told to a person in: how many of these units a difference of 1 is, and what they are."""
+def unit(normalise: bool, is_relative: bool) -> tuple[float, str]:
+    """What a heat is told to a person in: how many of these units a heat of 1 is, and what they are."""
+    if is_relative:
+        return 1.0, "deviations above what is usual at that place"
     return (2 * images.SPAN, "standard deviations") if normalise else (1.0, "of the range from black to white")
 
 
@@ -31,6 +39,52 @@ def smoothed(of_picture: torch.Tensor, side: int) -> np.ndarray:
     pixels.
     """
     return gaussian_filter(of_picture.numpy(), side / 32, mode="mirror", truncate=3)
+
+
+@dataclass(frozen=True)
+class Usual:
+    """What G leaves of normal pictures at each place, where all have one size: an edge is never drawn to the pixel, and
+    an even surface is."""
+
+    count: int  # of normal pictures
+    total: np.ndarray  # (height, width), the sum of their smoothed differences
+    squares: np.ndarray  # (height, width), the sum of the squares
+
+    def relative(self, heat: np.ndarray, side: int, is_among: bool = False) -> np.ndarray:
+        """A smoothed difference (height, width) minus the mean of normal pictures there, over their deviation.
+
+        Mean and deviation are smoothed by a Gaussian of 1/16 of the side that the networks see, so that a part may lie
+        a little beside the others; a fifth of the mean deviation is added. A picture of another size takes those of
+        the same place in proportion. One that `is_among` the normals is compared with the others.
+        """
+        without = heat if is_among else 0
+        count = self.count - is_among
+        mean = (self.total - without) / count
+        deviation = np.sqrt(((self.squares - without**2) / count - mean**2).clip(min=0))
+        floor = deviation.mean() / 5 or 1.0  # pictures that are all the same
+        mean, deviation = (_resized(gaussian_filter(each, side / 16), heat.shape) for each in (mean, deviation))
+        return ((heat - mean) / (deviation + floor)).astype(np.float32)
+
+
+def usual(heats: Iterable[np.ndarray]) -> Usual | None:
+    """`Usual` of these smoothed differences; None if there are fewer than FEWEST, of several sizes, or large ones."""
+    found = None
+    for heat in heats:
+        if heat.size > LARGEST or (found is not None and heat.shape != found.total.shape):
+            return None
+        heat = heat.astype(np.float64)
+        if found is None:
+            found = Usual(1, heat, heat**2)
+        else:
+            found = Usual(found.count + 1, found.total + heat, found.squares + heat**2)
+    return found if found is not None and found.count >= FEWEST else None
+
+
+def _resized(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """(height, width) at another shape."""
+    if values.shape == shape:
+        return values
+    return zoom(values, np.divide(shape, values.shape), order=1, grid_mode=True, mode="nearest")
 
 
 def at_own_size(heat: np.ndarray, size: tuple[int, int], view: View) -> np.ndarray:

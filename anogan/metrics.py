@@ -186,9 +186,16 @@ def pixel_metrics(test: ScoredSplit, level: float) -> dict[str, Any]:
                 if not mask.any():
                     empty.append(paths[source].relative_to(test.gan.dataset).as_posix())
                     continue
-            yield heatmaps.at_own_size(heat, size, test.gan.view), mask
+            yield squeezed(heatmaps.at_own_size(heat, size, test.gan.view)), mask
 
-    figures = pixel_figures(heat_and_mask(), level)
+    def squeezed(heat: Any) -> Any:
+        """A heat from 0 to 1, in the same order: those that are relative to what is usual have no upper bound."""
+        if test.usual is None:
+            return heat
+        scale = level if math.isfinite(level) else 1.0
+        return np.maximum(heat, 0) / (np.maximum(heat, 0) + scale)
+
+    figures = pixel_figures(heat_and_mask(), level if math.isinf(level) else squeezed(level))
     without = Counter(test.class_name[test.is_anomaly & ~has_file].tolist())
     with_mask = int((test.is_anomaly & has_file).sum()) - len(empty)
     return figures | {"with_mask": with_mask, "without_mask": dict(without), "empty_masks": empty}

@@ -120,7 +120,7 @@ def with_pools(declared: Sequence[Score]) -> list[Score]:
 
 
 def peak(heat: np.ndarray) -> float:
-    """The largest value of a heat map (height, width), in [0, 1].
+    """The largest value of a heat map (height, width).
 
     For what is small and local: a blot changes the sum R, over every pixel of the picture, by next to nothing.
     """
@@ -243,6 +243,7 @@ class ScoredSplit:
     declared: dict[str, Score]  # the same names
     batch_size: int  # images that go through the networks at once
     stride: int | None = None  # of the patches that the scores are of; None for whole pictures
+    usual: heatmaps.Usual | None = None  # what heat maps are relative to
 
     @property
     def search(self) -> dict[str, Any] | None:
@@ -270,7 +271,10 @@ class ScoredSplit:
         stitching = patches.Stitching()
         for some, x, generated in self.drawn(rows):
             for i, found in stitching.add(some, heatmaps.difference(x, generated)):
-                yield i if rows is None else int(rows[i]), heatmaps.smoothed(found[0], self.gan.image_size)
+                yield i if rows is None else int(rows[i]), self._heat(found[0])
+
+    def _heat(self, of_picture: torch.Tensor) -> np.ndarray:
+        return heat_map(of_picture, self.gan.image_size, self.usual)
 
     def shown(self, rows: np.ndarray) -> Iterator[Shown]:
         """The pictures at these rows as the networks see them."""
@@ -286,7 +290,13 @@ class ScoredSplit:
                     yield Shown(int(rows[i]), real, None, None)
                 else:
                     drawn = heatmaps.to_rgb(found[channels : 2 * channels])
-                    yield Shown(int(rows[i]), real, drawn, heatmaps.smoothed(found[-1], self.gan.image_size))
+                    yield Shown(int(rows[i]), real, drawn, self._heat(found[-1]))
+
+
+def heat_map(of_picture: torch.Tensor, side: int, usual: heatmaps.Usual | None, is_among: bool = False) -> np.ndarray:
+    """The heat map (height, width) of a picture from its difference: smoothed, and relative to what is usual."""
+    heat = heatmaps.smoothed(of_picture, side)
+    return heat if usual is None else usual.relative(heat, side, is_among)
 
 
 def search_of_gan_r(split: ScoredSplit) -> dict[str, Any] | None:
@@ -335,11 +345,12 @@ def score_run(
         print("without difference maps, since these images were not searched: fit_latent.py does it")
     scored: dict[str, ScoredSplit] = {}
     stride = _stride(gan, loaded, normals)
+    usual = _usual(gan, image_sets["validation"], loaded, request) if normals is None else normals.usual
     for split, image_set in image_sets.items():
         found = loaded[LATENTS][split] if LATENTS in loaded else None
         searched = stride if found is None else found
         drawn = latents.drawn(gan, image_set, searched, request.batch_size, request.skip_unreadable, quiet=False)
-        by_name, readable = _score_batches(split, loaded, present, drawn)
+        by_name, readable = _score_batches(split, loaded, present, usual, drawn)
         image_set = image_set.take(readable)
         class_name = image_set.class_name
         scored[split] = ScoredSplit(
@@ -352,6 +363,7 @@ def score_run(
             declared={score.name: score for score in present},
             batch_size=request.batch_size,
             stride=stride,
+            usual=usual,
         )
     for score in present:  # those made of others come last: validation has all the others by then
         if score.parts:
@@ -359,6 +371,21 @@ def score_run(
             for each in scored.values():
                 each.scores[score.name] = score.function(each.scores, of_normals)
     return scored
+
+
+def _usual(
+    gan: runs.TrainedGAN, validation: images.ImageSet, loaded: dict[Source, Any], request: Request
+) -> heatmaps.Usual | None:
+    """What the search leaves of the validation images at each place; None where there is none, see `heatmaps.usual`."""
+    if LATENTS not in loaded:
+        return None
+    stitching, found = patches.Stitching(), loaded[LATENTS]["validation"]
+    drawn = latents.drawn(gan, validation, found, request.batch_size, request.skip_unreadable)
+    return heatmaps.usual(
+        heatmaps.smoothed(of_picture[0], gan.image_size)
+        for some, x, generated in drawn
+        for _, of_picture in stitching.add(some, heatmaps.difference(x, generated))
+    )
 
 
 def _stride(gan: runs.TrainedGAN, loaded: dict[Source, Any], normals: "Normals | None") -> int | None:
@@ -384,6 +411,7 @@ class Normals:
 
     scores: dict[str, np.ndarray]  # of the validation images, (V,) each by name
     stride: int | None  # of the patches that they are of, see `ScoredSplit`
+    usual: heatmaps.Usual | None  # what their heat maps are relative to
 
 
 def keep_normals(validation: ScoredSplit) -> None:
@@ -391,6 +419,8 @@ def keep_normals(validation: ScoredSplit) -> None:
     gan, rests_on = validation.gan, json.dumps(fingerprints({"validation": validation}))
     about = {"index": validation.images.index, "split": "validation", "gan": gan.fingerprint, "rests_on": rests_on}
     about["stride"] = json.dumps(validation.stride)
+    if validation.usual is not None:
+        about |= {f"usual_{name}": np.array(value) for name, value in vars(validation.usual).items()}
     files.write_arrays(gan.run_dir / NORMALS, **validation.scores, **about)
 
 
@@ -416,7 +446,9 @@ def scores_of_normals(gan: runs.TrainedGAN, declared: Sequence[Score], request: 
             is_current = all(rests_on.get(name) == files.fingerprint(gan.run_dir / name) for name in names)
             is_whole = all(name in kept for name in ("stride", *(score.name for score in there)))
             if is_current and is_whole and _has_images(gan, kept["index"]):
-                return Normals({score.name: kept[score.name] for score in there}, json.loads(str(kept["stride"])))
+                usual = {name.removeprefix("usual_"): kept[name] for name in kept if name.startswith("usual_")}
+                usual = heatmaps.Usual(**usual | {"count": int(usual["count"])}) if usual else None
+                return Normals({s.name: kept[s.name] for s in there}, json.loads(str(kept["stride"])), usual)
     if not runs.data_is_there(gan):
         raise InputError(
             f"{gan.run_dir} does not keep the scores of its validation images, and its data set is not in "
@@ -424,7 +456,7 @@ def scores_of_normals(gan: runs.TrainedGAN, declared: Sequence[Score], request: 
         )
     scored = score_run(gan, {"validation": runs.open_split(gan, "validation")}, declared, request)["validation"]
     keep_normals(scored)
-    return Normals(scored.scores, scored.stride)
+    return Normals(scored.scores, scored.stride, scored.usual)
 
 
 def _has_images(gan: runs.TrainedGAN, index: np.ndarray) -> bool:
@@ -507,6 +539,7 @@ def _score_batches(
     split: str,
     loaded: dict[Source, Any],
     present: list[Score],
+    usual: heatmaps.Usual | None,
     drawn: Iterator[tuple[patches.Patches, torch.Tensor, torch.Tensor | None]],
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The scores that are worked out from a split's images, which come as `latents.drawn` yields them: each (N,).
@@ -527,7 +560,7 @@ def _score_batches(
                 values[score.name].append(of_batch.cpu().numpy() if isinstance(of_batch, torch.Tensor) else of_batch)
         if of_maps:
             for _, of_picture in stitching.add(some, heatmaps.difference(x, generated)):
-                heat = heatmaps.smoothed(of_picture[0], x.shape[-1])
+                heat = heat_map(of_picture[0], x.shape[-1], usual, is_among=split == "validation")
                 for score in of_maps:
                     by_name[score.name].append(score.function(loaded[score.source], heat))
     rows = np.concatenate(rows)

@@ -86,7 +86,7 @@ class Verdict:
     level: float  # of a heat map: at most a share alpha of normals has a pixel that passes it
     brightest: float  # the difference from which on a heat map has its brightest colour
     normals: int  # how many validation normals it compares with
-    unit: tuple[float, str] = heatmaps.unit(normalise=False)  # of the level, see there
+    unit: tuple[float, str] = heatmaps.unit(normalise=False, is_relative=False)  # of the level, see there
 
     @property
     def level_in_words(self) -> str:
@@ -102,6 +102,7 @@ def decide(
 
     Flags are those of `flags`; with `fdr` no threshold belongs to them. Where nothing was searched, nothing is marked.
     """
+    one = next(iter(scored.values()))
     level = threshold(normals["peak"], alpha) if "peak" in normals else math.inf
     # by the level, not by the largest difference of any normal: a single odd picture would make every other map black
     largest = float(normals["peak"].max()) if "peak" in normals else 1.0
@@ -116,7 +117,7 @@ def decide(
         level=level,
         brightest=2 * level if math.isfinite(level) else largest,
         normals=len(normals[score]),
-        unit=heatmaps.unit(next(iter(scored.values())).gan.normalise),
+        unit=heatmaps.unit(one.gan.normalise, one.usual is not None),
     )
 
 

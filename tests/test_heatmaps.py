@@ -102,3 +102,39 @@ def test_a_thin_defect_is_seen_in_a_reduced_panel() -> None:
 def test_rgb() -> None:
     x = torch.tensor([-1.0, 0.0, 1.0])[None, None]  # (1, 1, 3)
     assert heatmaps.to_rgb(x).tolist() == [[[0] * 3, [128] * 3, [255] * 3]]
+
+
+def test_what_is_usual_at_a_place_does_not_count() -> None:
+    """An edge that is never drawn well hides a defect, and no longer does once each place is compared with itself."""
+    rng = np.random.default_rng(0)
+
+    def heat(defect: float = 0.0) -> np.ndarray:
+        drawn = 0.02 + 0.004 * rng.random((40, 60))
+        drawn[:, 20:22] += 0.3 * rng.random((40, 2))
+        drawn[10:13, 40:44] += defect
+        return drawn.astype(np.float32)
+
+    normal = [heat() for _ in range(30)]
+    usual = heatmaps.usual(normal)
+    among = [usual.relative(each, 32, is_among=True).max() for each in normal]
+    defective = heat(0.1)
+    assert defective.argmax() % 60 in (20, 21) and defective.max() <= max(each.max() for each in normal)
+    found = usual.relative(defective, 32)
+    assert found.max() > 3 * max(among) and np.unravel_index(found.argmax(), found.shape)[1] in range(40, 44)
+    assert max(usual.relative(heat(), 32).max() for _ in range(30)) < 2 * max(among)
+
+
+def test_a_normal_picture_is_compared_with_the_others() -> None:
+    rng = np.random.default_rng(0)
+    heats = list(rng.random((25, 20, 30)).astype(np.float32))
+    usual, others = heatmaps.usual(heats), heatmaps.usual(heats[1:])
+    np.testing.assert_allclose(usual.relative(heats[0], 32, True), others.relative(heats[0], 32), rtol=1e-4, atol=1e-5)
+
+
+def test_where_nothing_is_usual() -> None:
+    heats = [np.ones((4, 6), np.float32)] * 25
+    assert heatmaps.usual(heats[:19]) is None and heatmaps.usual([]) is None
+    assert heatmaps.usual([*heats, np.ones((6, 4), np.float32)]) is None  # they do not lie in one position
+    usual = heatmaps.usual(heats)  # all the same
+    assert np.abs(usual.relative(heats[0], 32)).max() < 1e-6
+    assert usual.relative(np.full((8, 12), 3, np.float32), 32) == pytest.approx(2)  # of another size
