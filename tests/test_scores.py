@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Batches, read_scores
+from scipy.ndimage import gaussian_filter
 from sklearn.covariance import LedoitWolf
 from torch import nn
 
@@ -195,6 +196,34 @@ def test_scores_csv_by_hand(digits_workdir: Path) -> None:
         for part, normal, weight in zip(parts["test"], parts["validation"], (1, 0.5, 0.5), strict=True)
     )
     np.testing.assert_allclose([float(row["combined"]) for row in rows["test"]], combined, rtol=1e-2, atol=1e-2)
+
+
+def test_peak_by_hand(digits_workdir: Path) -> None:
+    """The largest difference from G(z), smoothed, in deviations of the validation images at that place: of the others,
+    for one of them."""
+    run_dir = digits_workdir / "outputs/digits-0"
+    gan, heats = runs.load_gan(run_dir, CPU), {}
+    for split in ("validation", "test"):
+        found = np.load(run_dir / f"latents-{split}.npz")
+        image_set = open_split("digits", split, "0")
+        image_set = image_set.take(np.isin(image_set.source, found["source"]))
+        x = to_model(load_images(image_set, View(32, 1))[0])
+        drawn = gan.generator(torch.from_numpy(found["z"]))
+        heats[split] = gaussian_filter((x - drawn).abs().mean(1).numpy() / 2, (0, 1, 1), mode="mirror", truncate=3)
+
+    def relative(heat: np.ndarray, normals: np.ndarray) -> float:
+        mean, deviation = normals.mean(0), normals.std(0)
+        return ((heat - gaussian_filter(mean, 2)) / (gaussian_filter(deviation, 2) + deviation.mean() / 5)).max()
+
+    validation = heats["validation"].astype(np.float64)
+    expected = {
+        "validation": [relative(heat, np.delete(validation, i, 0)) for i, heat in enumerate(validation)],
+        "test": [relative(heat, validation) for heat in heats["test"]],
+    }
+    for split, values in expected.items():
+        peaks = [float(row["peak"]) for row in read_scores(run_dir) if row["split"] == split]
+        assert len(peaks) >= 20
+        np.testing.assert_allclose(peaks, values, rtol=1e-3)
 
 
 def test_the_verdict_may_rest_on_any_score(
