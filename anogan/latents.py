@@ -104,7 +104,7 @@ class Latents:
 
     def advance(self, count: float) -> None:
         """Move the progress bar on by so many images, or fractions of one."""
-        self._bar.update(count)
+        self._bar.update(min(count, self._bar.total - self._bar.n))  # rounding must not go beyond the end
 
     def add(self, some: patches.Patches, z: torch.Tensor, residual: torch.Tensor, discrimination: torch.Tensor) -> None:
         """Keep what was found for these patches: z (N, latent_dim), residual and discrimination (N,).

@@ -242,7 +242,8 @@ class ScoredSplit:
     scores: dict[str, np.ndarray]  # by name, each (N,)
     declared: dict[str, Score]  # the same names
     batch_size: int  # images that go through the networks at once
-    stride: int | None = None  # of the patches that the scores are of; None for whole pictures
+    patch_counts: np.ndarray | None = None  # (N,) of how many patches a picture's scores are
+    stride: int | None = None  # of these patches; None for whole pictures
     usual: heatmaps.Usual | None = None  # what heat maps are relative to
 
     @property
@@ -350,7 +351,8 @@ def score_run(
         found = loaded[LATENTS][split] if LATENTS in loaded else None
         searched = stride if found is None else found
         drawn = latents.drawn(gan, image_set, searched, request.batch_size, request.skip_unreadable, quiet=False)
-        by_name, readable = _score_batches(split, loaded, present, usual, drawn)
+        by_name, rows = _score_batches(split, loaded, present, usual, drawn)
+        readable, patch_counts = np.unique(rows, return_counts=True)
         image_set = image_set.take(readable)
         class_name = image_set.class_name
         scored[split] = ScoredSplit(
@@ -362,15 +364,30 @@ def score_run(
             scores=by_name,
             declared={score.name: score for score in present},
             batch_size=request.batch_size,
+            patch_counts=patch_counts,
             stride=stride,
             usual=usual,
         )
+    most = scored["validation"].patch_counts.max() if normals is None else normals.most_patches
+    for split, each in scored.items():
+        _name_larger(split, each, most)
     for score in present:  # those made of others come last: validation has all the others by then
         if score.parts:
             of_normals = scored["validation"].scores if normals is None else normals.scores
             for each in scored.values():
                 each.scores[score.name] = score.function(each.scores, of_normals)
     return scored
+
+
+def _name_larger(split: str, scored: ScoredSplit, most: int) -> None:
+    """Say which pictures have more patches than any validation picture: the worst of more is worse, for no defect."""
+    larger = np.flatnonzero(scored.patch_counts > most)
+    if len(larger) > 0:
+        print(
+            f"{split}: {len(larger)} of {len(scored.images)} pictures are larger than every validation picture, such "
+            f"as {printable(scored.images.source[larger[0]])} ({scored.patch_counts[larger[0]]} patches, not {most} at "
+            "most): their worst patch is worse for that alone, and more of them are flagged than --alpha says"
+        )
 
 
 def _usual(
@@ -412,13 +429,14 @@ class Normals:
     scores: dict[str, np.ndarray]  # of the validation images, (V,) each by name
     stride: int | None  # of the patches that they are of, see `ScoredSplit`
     usual: heatmaps.Usual | None  # what their heat maps are relative to
+    most_patches: int  # that one of them has
 
 
 def keep_normals(validation: ScoredSplit) -> None:
     """Write the scores of the validation images to the run folder, which then judges pictures without the data set."""
     gan, rests_on = validation.gan, json.dumps(fingerprints({"validation": validation}))
     about = {"index": validation.images.index, "split": "validation", "gan": gan.fingerprint, "rests_on": rests_on}
-    about["stride"] = json.dumps(validation.stride)
+    about |= {"stride": json.dumps(validation.stride), "most_patches": validation.patch_counts.max()}
     if validation.usual is not None:
         about |= {f"usual_{name}": np.array(value) for name, value in vars(validation.usual).items()}
     files.write_arrays(gan.run_dir / NORMALS, **validation.scores, **about)
@@ -444,11 +462,12 @@ def scores_of_normals(gan: runs.TrainedGAN, declared: Sequence[Score], request: 
             rests_on = json.loads(str(kept["rests_on"]))
             names = {score.source.file.format(split="validation") for score in there}
             is_current = all(rests_on.get(name) == files.fingerprint(gan.run_dir / name) for name in names)
-            is_whole = all(name in kept for name in ("stride", *(score.name for score in there)))
+            is_whole = all(name in kept for name in ("stride", "most_patches", *(score.name for score in there)))
             if is_current and is_whole and _has_images(gan, kept["index"]):
                 usual = {name.removeprefix("usual_"): kept[name] for name in kept if name.startswith("usual_")}
                 usual = heatmaps.Usual(**usual | {"count": int(usual["count"])}) if usual else None
-                return Normals({s.name: kept[s.name] for s in there}, json.loads(str(kept["stride"])), usual)
+                by_name, stride = {s.name: kept[s.name] for s in there}, json.loads(str(kept["stride"]))
+                return Normals(by_name, stride, usual, int(kept["most_patches"]))
     if not runs.data_is_there(gan):
         raise InputError(
             f"{gan.run_dir} does not keep the scores of its validation images, and its data set is not in "
@@ -456,7 +475,7 @@ def scores_of_normals(gan: runs.TrainedGAN, declared: Sequence[Score], request: 
         )
     scored = score_run(gan, {"validation": runs.open_split(gan, "validation")}, declared, request)["validation"]
     keep_normals(scored)
-    return Normals(scored.scores, scored.stride, scored.usual)
+    return Normals(scored.scores, scored.stride, scored.usual, int(scored.patch_counts.max()))
 
 
 def _has_images(gan: runs.TrainedGAN, index: np.ndarray) -> bool:
@@ -544,7 +563,8 @@ def _score_batches(
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The scores that are worked out from a split's images, which come as `latents.drawn` yields them: each (N,).
 
-    Also returns the positions (N,) of the pictures that could be read. Raises InputError if there are none.
+    Also returns the position of the picture of each patch, of those that could be read. Raises InputError if there are
+    none.
     """
     direct = [score for score in present if not score.parts and score.of != "map"]
     of_maps = [score for score in present if score.of == "map"]
@@ -569,4 +589,4 @@ def _score_batches(
     for score in direct:
         main = score.name.removesuffix(f"_{score.pool}")
         by_name[score.name] = pooled(np.concatenate(values[main]), rows, score.pool)
-    return {score.name: np.array(by_name[score.name]) for score in present if not score.parts}, np.unique(rows)
+    return {score.name: np.array(by_name[score.name]) for score in present if not score.parts}, rows

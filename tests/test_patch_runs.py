@@ -106,6 +106,17 @@ def run_dir(patch_workdir: Path, tmp_path: Path) -> Path:
     return shutil.copytree(patch_workdir / RUN, tmp_path / RUN)
 
 
+def test_pictures_larger_than_the_normals_are_named(run_dir: Path, run_here: Run, capsys: Captured) -> None:
+    """The worst of more patches is worse, so their p-values are too small."""
+    large = Path(run_dir.parent.parent / "set/large.png")
+    save(large, np.tile(drawn(1, np.random.default_rng(0))[0], (2, 2)))  # 128x96: 35 patches
+    for pictures, count in (([str(large.parent / "new/00.png")], 0), ([str(large)], 1)):
+        run_here(*EVALUATE, "--run-dir", str(run_dir), "--images", *pictures, "--score", "p_d")
+        printed = capsys.readouterr().out
+        assert ("images: 1 of 1 pictures are larger than every validation picture" in printed) == bool(count)
+    assert "large.png (35 patches, not 12 at most)" in printed.replace("\n", " ")
+
+
 def grid_of(size: tuple[int, int], stride: int) -> list[tuple[int, int]]:
     """The corners of the patches of a picture of this height and width, by hand."""
     tops, lefts = ([*range(0, length - SIDE, stride), length - SIDE] for length in size)
