@@ -156,6 +156,8 @@ def check(config: Config) -> None:
         )
     if config.picture_size is not None and config.fit != "crop":
         raise util.InputError("--fit is for whole pictures: leave it out with --picture-size")
+    if config.normalise is not None and config.fit == "pad":
+        raise util.InputError("--normalise patch would measure the black that --fit pad adds: choose --fit stretch")
     try:
         channel_multipliers(config.image_size)
     except ValueError as error:

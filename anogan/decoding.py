@@ -274,11 +274,6 @@ def upright(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image) if orientation(image) else image
 
 
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """The (width, height) of a picture once it is turned as its EXIF tag says."""
-    return image.size[::-1] if (orientation(image) or 1) >= 5 else image.size
-
-
 def orientation(image: Image.Image) -> int | None:
     """How a picture is to be turned, 1 to 8 as the EXIF standard has it; None without a tag that can be read."""
     try:
@@ -294,14 +289,16 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
 
 
-def _check_size(image: Image.Image, view: View) -> None:
-    """Raise ValueError if a picture is too large, before its pixels are read."""
-    megapixels = image.width * image.height / 1e6
-    if megapixels > view.max_megapixels:
-        raise ValueError(
-            f"it has {megapixels:.0f} megapixels, more than {view.max_megapixels:g}: raise --max-megapixels if it is "
-            "meant to be so large"
-        )
+def check_size(image: Image.Image, view: View) -> None:
+    """Raise ValueError if a picture is too large or smaller than a patch, before its pixels are read."""
+    seen = view.seen_size(image.size)
+    for (width, height), resized in ((image.size, ""), (seen, f" once its shorter side has {min(seen)} pixels")):
+        megapixels = width * height / 1e6
+        if megapixels > view.max_megapixels:
+            raise ValueError(
+                f"it has {megapixels:.0f} megapixels{resized}, more than {view.max_megapixels:g}: raise "
+                "--max-megapixels if it is meant to be so large"
+            )
 
 
 def _check_depth(has_8_bits: bool, view: View) -> None:
@@ -345,7 +342,7 @@ def as_seen(image: Image.Image, view: View) -> Seen:
     Raises ValueError for a picture that they cannot see, and whatever Pillow raises on a damaged file.
     """
     with without_limit():  # a TIFF is checked again when its pixels are read
-        _check_size(image, view)
+        check_size(image, view)
         levels = levels_of(image)
         _check_depth(levels is None, view)
         enlarged = isinstance(view.picture_size, int) and min(image.size) < view.picture_size
@@ -385,7 +382,7 @@ def at_own_size(image: Image.Image, view: View) -> Image.Image:
     Raises as `as_seen` does.
     """
     with without_limit():
-        _check_size(image, view)
+        check_size(image, view)
         levels = levels_of(image)
         _check_depth(levels is None, view)
         if levels is None:
@@ -403,7 +400,7 @@ def spread(image: Image.Image, view: View) -> tuple[float, float] | None:
     Raises as `as_seen` does, but for the levels of the view, which are still to be found.
     """
     with without_limit():
-        _check_size(image, view)
+        check_size(image, view)
         levels = levels_of(image)
         if levels is None:
             return None

@@ -77,7 +77,8 @@ def _spreads(image_set: ImageSet, view: View, rows: range) -> list[tuple[float, 
 def seen_sizes(image_set: ImageSet, view: View) -> np.ndarray:
     """The height and the width (N, 2) at which the networks see each picture of a set, 0 for one that they cannot see.
 
-    Reads no pixels, but those of DICOM files.
+    The two are swapped for a picture that its EXIF tag turns: of a PNG file Pillow finds it behind the pixels, and none
+    are read here, but those of DICOM files.
     """
     batches = chunks(range(len(image_set)), 64)
     found = with_bar(_in_workers(partial(_sizes, image_set, view), batches), len(batches), "sizes")
@@ -90,7 +91,9 @@ def _sizes(image_set: ImageSet, view: View, rows: range) -> list[tuple[int, int]
     for row in rows:
         size = 0, 0
         with _noting(image_set, row, []):
-            size = view.seen_size(decoding.upright_size(image_set.open(row)))
+            image = image_set.open(row)
+            decoding.check_size(image, view)
+            size = view.seen_size(image.size)
         found.append(size[::-1])
     return found
 

@@ -165,6 +165,11 @@ def pixel_figures(pictures: Iterable[tuple[np.ndarray, np.ndarray]], level: floa
     } | found_by_level
 
 
+def from_0_to_1(heat: np.ndarray) -> np.ndarray:
+    """Relative heats of any size and sign to [0, 1], in the same order: 0 to 1/2, and 5 deviations to 3/4."""
+    return (1 + heat / (np.abs(heat) + 5)) / 2
+
+
 def pixel_metrics(test: ScoredSplit, level: float) -> dict[str, Any]:
     """`pixel_figures` of the test images' heat maps, at the pictures' own size, by the data set's masks.
 
@@ -186,16 +191,11 @@ def pixel_metrics(test: ScoredSplit, level: float) -> dict[str, Any]:
                 if not mask.any():
                     empty.append(paths[source].relative_to(test.gan.dataset).as_posix())
                     continue
-            yield squeezed(heatmaps.at_own_size(heat, size, test.gan.view)), mask
+            heat = heatmaps.at_own_size(heat, size, test.gan.view)
+            yield (heat if test.usual is None else from_0_to_1(heat)), mask
 
-    def squeezed(heat: Any) -> Any:
-        """A heat from 0 to 1, in the same order: those that are relative to what is usual have no upper bound."""
-        if test.usual is None:
-            return heat
-        scale = level if math.isfinite(level) else 1.0
-        return np.maximum(heat, 0) / (np.maximum(heat, 0) + scale)
-
-    figures = pixel_figures(heat_and_mask(), level if math.isinf(level) else squeezed(level))
+    is_finite = test.usual is not None and math.isfinite(level)
+    figures = pixel_figures(heat_and_mask(), float(from_0_to_1(np.float32(level))) if is_finite else level)
     without = Counter(test.class_name[test.is_anomaly & ~has_file].tolist())
     with_mask = int((test.is_anomaly & has_file).sum()) - len(empty)
     return figures | {"with_mask": with_mask, "without_mask": dict(without), "empty_masks": empty}

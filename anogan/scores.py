@@ -136,7 +136,8 @@ def p_d(discriminator: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def _fitted(name: str, fits: dict[str, dict[str, Any]], batch: Batch) -> np.ndarray:
     """What the search left of each image of a batch (N,)."""
     of_split = fits[batch.split]
-    return of_split[name][latents.first_patches(of_split)[batch.rows] + batch.patches.number]
+    first = np.searchsorted(of_split["picture"], batch.rows)  # of these pictures alone: a split may have a million
+    return of_split[name][first + batch.patches.number]
 
 
 def _fitted_score(fits: dict[str, dict[str, Any]], batch: Batch) -> np.ndarray:
