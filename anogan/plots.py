@@ -349,7 +349,7 @@ def difference_maps(test: ScoredSplit, verdict: Verdict) -> Path:
     score, p_value = test.scores["anomaly_score"], verdict.p_value["test"]
     captions = [[shown(test.class_name[i], 16), f"A = {score[i]:.0f}", f"p = {p_value[i]:.2g}"] for i in rows]
     is_marked = math.isfinite(verdict.level)
-    red = f"red: differs by more than {verdict.level_in_words}" if is_marked else "too few normals to mark"
+    red = f"red: more than {verdict.level_in_words}" if is_marked else "too few normals to mark"
     title = f"{shown(test.gan.run_dir.name)}, test split\np of {test.declared[verdict.score].label}\n{red}"
     if len(all_anomalous) > len(anomalous):
         title += f"; the first {len(anomalous)} of {len(all_anomalous)} anomalous classes"
