@@ -268,6 +268,7 @@ def test_images_without_a_mask_are_left_out_and_counted(tmp_path: Path) -> None:
         is_anomaly=class_name != "good",
         class_name=class_name,
         heats=heats,
+        usual=None,
     )
     threshold = {"alpha": 0.05, "validation_images": 4}
     found = pixel_metrics(split, 0.2)
