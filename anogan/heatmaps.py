@@ -57,7 +57,7 @@ class Usual:
         a little beside the others; a fifth of the mean deviation is added. A picture of another size takes those of
         the same place in proportion. One that `is_among` the normals is compared with the others.
         """
-        without = heat if is_among else 0
+        without = heat.astype(np.float64) if is_among else 0.0
         count = self.count - is_among
         mean = (self.total - without) / count
         deviation = np.sqrt(((self.squares - without**2) / count - mean**2).clip(min=0))

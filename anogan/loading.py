@@ -198,13 +198,15 @@ def _in_workers(function: Callable[[range], Any], batches: Sequence[range]) -> I
 
     Arrays come through pipes: tensors would take /dev/shm, of which a container may have next to nothing.
     """
-    workers = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(batches) - 1)
+    workers = max(0, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(batches) - 1))
+    ahead = 1 if len(batches) > 0 and len(batches[0]) == 1 else 2  # for each worker: single pictures may be large
     yield from DataLoader(
         _Rows(function),
         batch_size=None,
         sampler=batches,
         collate_fn=_as_it_is,
-        num_workers=max(0, workers),
+        num_workers=workers,
+        prefetch_factor=ahead if workers > 0 else None,
         worker_init_fn=_end_with_parent,
     )
 

@@ -101,7 +101,7 @@ def load(
     every process must call this. Raises InputError as `loading.image_batches` does, or if the file cannot be written,
     or is not there for another process than the one that wrote it.
     """
-    key = hashlib.sha256(f"{image_set.fingerprint()} {replace(view, channels=0)}".encode()).digest()
+    key = hashlib.sha256(f"{image_set.fingerprint()} {replace(view, channels=0, normalise=False)}".encode()).digest()
 
     def kept() -> Pictures | None:
         """Those in the file, if it is there and just what is asked for: it serves train_gan.py and every detector."""

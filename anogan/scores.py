@@ -243,6 +243,7 @@ class ScoredSplit:
     scores: dict[str, np.ndarray]  # by name, each (N,)
     declared: dict[str, Score]  # the same names
     batch_size: int  # images that go through the networks at once
+    seen_size: np.ndarray | None = None  # (N, 2) the height and the width at which the networks see a picture
     patch_counts: np.ndarray | None = None  # (N,) of how many patches a picture's scores are
     stride: int | None = None  # of these patches; None for whole pictures
     usual: heatmaps.Usual | None = None  # what heat maps are relative to
@@ -352,8 +353,8 @@ def score_run(
         found = loaded[LATENTS][split] if LATENTS in loaded else None
         searched = stride if found is None else found
         drawn = latents.drawn(gan, image_set, searched, request.batch_size, request.skip_unreadable, quiet=False)
-        by_name, rows = _score_batches(split, loaded, present, usual, drawn)
-        readable, patch_counts = np.unique(rows, return_counts=True)
+        by_name, seen = _score_batches(split, loaded, present, usual, drawn)
+        readable, first, patch_counts = np.unique(seen[:, 0], return_index=True, return_counts=True)
         image_set = image_set.take(readable)
         class_name = image_set.class_name
         scored[split] = ScoredSplit(
@@ -365,13 +366,14 @@ def score_run(
             scores=by_name,
             declared={score.name: score for score in present},
             batch_size=request.batch_size,
+            seen_size=seen[first, 1:],
             patch_counts=patch_counts,
             stride=stride,
             usual=usual,
         )
     most = scored["validation"].patch_counts.max() if normals is None else normals.most_patches
     for split, each in scored.items():
-        _name_larger(split, each, most)
+        _name_others(split, each, most)
     for score in present:  # those made of others come last: validation has all the others by then
         if score.parts:
             of_normals = scored["validation"].scores if normals is None else normals.scores
@@ -380,14 +382,26 @@ def score_run(
     return scored
 
 
-def _name_larger(split: str, scored: ScoredSplit, most: int) -> None:
-    """Say which pictures have more patches than any validation picture: the worst of more is worse, for no defect."""
+def _name_others(split: str, scored: ScoredSplit, most: int) -> None:
+    """Say which pictures cannot be compared with validation: those with more patches than any picture there has, of
+    which the worst is worse for no defect; and those of another size, where heat maps go by place."""
     larger = np.flatnonzero(scored.patch_counts > most)
     if len(larger) > 0:
         print(
             f"{split}: {len(larger)} of {len(scored.images)} pictures are larger than every validation picture, such "
             f"as {printable(scored.images.source[larger[0]])} ({scored.patch_counts[larger[0]]} patches, not {most} at "
             "most): their worst patch is worse for that alone, and more of them are flagged than --alpha says"
+        )
+    if scored.usual is None:
+        return
+    height, width = scored.usual.total.shape
+    others = np.flatnonzero((scored.seen_size != (height, width)).any(1))
+    if len(others) > 0:
+        one = "x".join(map(str, scored.seen_size[others[0]][::-1]))
+        print(
+            f"{split}: {len(others)} of {len(scored.images)} pictures have another size than the validation pictures, "
+            f"such as {printable(scored.images.source[others[0]])} ({one}, not {width}x{height}): what is usual at a "
+            "place does not hold for them, so do not judge them by peak"
         )
 
 
@@ -564,16 +578,16 @@ def _score_batches(
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The scores that are worked out from a split's images, which come as `latents.drawn` yields them: each (N,).
 
-    Also returns the position of the picture of each patch, of those that could be read. Raises InputError if there are
-    none.
+    Also returns the position, height and width of the picture of each patch (P, 3), of those that could be read. Raises
+    InputError if there are none.
     """
     direct = [score for score in present if not score.parts and score.of != "map"]
     of_maps = [score for score in present if score.of == "map"]
     values: dict[str, list[np.ndarray]] = {score.name: [] for score in direct if score.is_main}
     by_name: dict[str, Any] = {score.name: [] for score in of_maps}
-    rows, stitching = [np.empty(0, np.int64)], patches.Stitching()
+    seen, stitching = [np.empty((0, 3), np.int64)], patches.Stitching()
     for some, x, generated in drawn:
-        rows.append(some.row)
+        seen.append(np.column_stack([some.row, some.size]))
         batch = Batch(split, some, x, generated)
         for score in direct:
             if score.is_main:
@@ -584,10 +598,10 @@ def _score_batches(
                 heat = heat_map(of_picture[0], x.shape[-1], usual, is_among=split == "validation")
                 for score in of_maps:
                     by_name[score.name].append(score.function(loaded[score.source], heat))
-    rows = np.concatenate(rows)
-    if len(rows) == 0:
+    seen = np.concatenate(seen)
+    if len(seen) == 0:
         raise InputError(f"none of the images of the split {split} can be read")
     for score in direct:
         main = score.name.removesuffix(f"_{score.pool}")
-        by_name[score.name] = pooled(np.concatenate(values[main]), rows, score.pool)
-    return {score.name: np.array(by_name[score.name]) for score in present if not score.parts}, rows
+        by_name[score.name] = pooled(np.concatenate(values[main]), seen[:, 0], score.pool)
+    return {score.name: np.array(by_name[score.name]) for score in present if not score.parts}, seen

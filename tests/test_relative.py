@@ -1,16 +1,16 @@
-"""Pictures of extreme sizes, relative heat maps from end to end, and figures of them."""
+"""Heat maps that are relative to what is usual at a place, from end to end; and pictures of extreme sizes."""
 
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from conftest import TINY, read_scores
+from conftest import TINY
 from PIL import Image, PngImagePlugin
 
-from anogan import decoding, heatmaps, images, loading, metrics, runs
+from anogan import decoding, heatmaps, images, loading, metrics, scores
 from anogan.decoding import View
 
 OWN = View(32, 1, picture_size="own")
@@ -60,29 +60,24 @@ def test_relative_heats_keep_their_order() -> None:
     assert (np.diff(found) > 0).all() and found[0] > 0 and found[-1] < 1 and found[3] == 0.5 and found[6] == 0.75
 
 
-def test_peaks_are_relative_to_validation_without_the_picture_itself(trained: Path) -> None:
-    """From the latents alone, by hand; as evaluate.py wrote them, and as it keeps them for pictures without labels."""
-    gan, rows = runs.load_gan(trained, torch.device("cpu")), read_scores(trained)
+def test_pictures_of_another_size_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """There is no usual at a place for them, so that an edge of theirs passes for a defect."""
+    usual = heatmaps.usual([np.ones((40, 60), np.float32)] * 20)
+    scored = SimpleNamespace(
+        usual=usual,
+        patch_counts=np.array([6, 6, 4]),
+        seen_size=np.array([[40, 60], [40, 60], [60, 40]]),
+        images=images.ImageSet("made", [], np.arange(3), np.zeros(3), np.array(["a", "b", "c"]), None),
+    )
+    scores._name_others("test", scored, 6)
+    printed = capsys.readouterr().out
+    assert printed.startswith(
+        "test: 1 of 3 pictures have another size than the validation pictures, such as c (40x60, "
+    )
+    scores._name_others("test", replace_in(scored, usual=None), 5)
+    assert "test: 2 of 3 pictures are larger than every validation picture, such as a (6 p" in capsys.readouterr().out
 
-    def smoothed(split: str) -> list[np.ndarray]:
-        found = dict(np.load(trained / f"latents-{split}.npz"))
-        pictures = runs.open_split(gan, split)
-        pictures = pictures.take(np.isin(pictures.source, found["source"]))
-        x = gan.to_model(loading.load_images(pictures, gan.view)[0])
-        difference = heatmaps.difference(x, gan.generator(torch.from_numpy(found["z"])))
-        return [heatmaps.smoothed(each[0], 32) for each in difference]
 
-    normals = smoothed("validation")
-    assert len(normals) > heatmaps.FEWEST
-    of_others = [heatmaps.usual(normals[:i] + normals[i + 1 :]) for i in range(len(normals))]
-    usual = heatmaps.usual(normals)
-    expected = {
-        "validation": [others.relative(heat, 32).max() for others, heat in zip(of_others, normals, strict=True)],
-        "test": [usual.relative(heat, 32).max() for heat in smoothed("test")],
-    }
-    for split, peaks in expected.items():
-        found = [float(row["peak"]) for row in rows if row["split"] == split]
-        np.testing.assert_allclose(found, peaks, rtol=1e-3)
-    kept = np.load(trained / "validation-scores.npz")
-    np.testing.assert_allclose(kept["usual_total"], usual.total, rtol=1e-4)
-    assert kept["usual_count"] == len(normals)
+def replace_in(of: SimpleNamespace, **values: object) -> SimpleNamespace:
+    """The same with other values."""
+    return SimpleNamespace(**{**vars(of), **values})
