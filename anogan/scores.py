@@ -74,11 +74,7 @@ class Score:
     parts: tuple[str, ...] = ()
     of: Literal["patch", "picture", "map"] = "patch"  # of a picture: the same for all of its patches
     pool: str = "worst"  # one of POOLS
-
-    @property
-    def is_main(self) -> bool:
-        """Whether it is shown in figures: the others are the same patches' scores, pooled in another way."""
-        return self.pool == Score.pool
+    pooled_of: str | None = None  # the score whose patches it pools in another way; figures show it if it is judged by
 
 
 # ---- from patches to pictures ---------------------------------------------------------------------------------------
@@ -109,7 +105,14 @@ def with_pools(declared: Sequence[Score]) -> list[Score]:
         found.append(score)
         if score.of == "patch" and not score.parts:
             found += [
-                replace(score, name=f"{score.name}_{pool}", label=f"{score.label}, {words}", pool=pool, colour=POOLED)
+                replace(
+                    score,
+                    name=f"{score.name}_{pool}",
+                    label=f"{score.label}, {words}",
+                    colour=POOLED,
+                    pool=pool,
+                    pooled_of=score.name,
+                )
                 for pool, (_, words) in POOLS.items()
                 if pool != score.pool
             ]
@@ -255,7 +258,7 @@ class ScoredSplit:
 
     def in_figures(self, judged: str) -> list[str]:
         """The names of the scores that figures show: the main ones, and the one that is judged by."""
-        return [name for name, score in self.declared.items() if score.is_main or name == judged]
+        return [name for name, score in self.declared.items() if score.pooled_of is None or name == judged]
 
     def ranked(self, score: str) -> np.ndarray:
         """Positions (N,), the most anomalous by this score first."""
@@ -583,14 +586,14 @@ def _score_batches(
     """
     direct = [score for score in present if not score.parts and score.of != "map"]
     of_maps = [score for score in present if score.of == "map"]
-    values: dict[str, list[np.ndarray]] = {score.name: [] for score in direct if score.is_main}
+    values: dict[str, list[np.ndarray]] = {score.name: [] for score in direct if score.pooled_of is None}
     by_name: dict[str, Any] = {score.name: [] for score in of_maps}
     seen, stitching = [np.empty((0, 3), np.int64)], patches.Stitching()
     for some, x, generated in drawn:
         seen.append(np.column_stack([some.row, some.size]))
         batch = Batch(split, some, x, generated)
         for score in direct:
-            if score.is_main:
+            if score.pooled_of is None:
                 of_batch = score.function(loaded[score.source], batch)
                 values[score.name].append(of_batch.cpu().numpy() if isinstance(of_batch, torch.Tensor) else of_batch)
         if of_maps:
@@ -602,6 +605,6 @@ def _score_batches(
     if len(seen) == 0:
         raise InputError(f"none of the images of the split {split} can be read")
     for score in direct:
-        main = score.name.removesuffix(f"_{score.pool}")
-        by_name[score.name] = pooled(np.concatenate(values[main]), seen[:, 0], score.pool)
+        of_patches = np.concatenate(values[score.pooled_of or score.name])
+        by_name[score.name] = pooled(of_patches, seen[:, 0], score.pool)
     return {score.name: np.array(by_name[score.name]) for score in present if not score.parts}, seen

@@ -588,7 +588,7 @@ def test_a_ball_holds_every_z(tiny_networks: Networks) -> None:
 def test_no_legend_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With every score, and the longest label that one judged by all patches can have."""
     declared = {score.name: score for score in scores.with_pools(evaluate.SCORES)}
-    shown = [name for name, score in declared.items() if score.is_main or name == "mahalanobis_mean"]
+    shown = [name for name, score in declared.items() if score.pooled_of is None or name == "mahalanobis_mean"]
     of = {"roc_auc": 0.5, "roc_auc_95_interval": [0.4, 0.6]}
     metrics = {name: of | {"per_class": {"spot": of}} for name in shown}
     is_anomaly = np.arange(8) % 2 == 0
