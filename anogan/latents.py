@@ -210,7 +210,7 @@ def stride_of(gan: runs.TrainedGAN, stride: int | None = None) -> int | None:
         if stride is not None:
             raise InputError("--stride is for a GAN of patches (train_gan.py --picture-size): leave it out")
         return None
-    stride = patches.default_stride(gan.image_size) if stride is None else stride
+    stride = gan.image_size // 2 if stride is None else stride  # each pixel but those at the edge lies in four patches
     if not 1 <= stride <= gan.image_size:
         raise InputError(f"--stride must lie between 1 and the side of a patch, {gan.image_size}, not {stride}")
     return stride

@@ -27,12 +27,6 @@ class Patches:
         return len(self.row)
 
 
-def default_stride(side: int) -> int:
-    """How far apart the patches of a grid are, if nothing else is asked for: half a side, so that each pixel but those
-    at the edge lies in four."""
-    return side // 2
-
-
 def places(length: int, side: int, stride: int | None) -> np.ndarray:
     """Where patches of this side begin along an axis, so that each pixel lies in one: every `stride` pixels, and at the
     end. One patch, centred, for an axis that is no longer than the patch, as all are of whole pictures, whose stride is

@@ -6,7 +6,7 @@ search takes them from. Each detector declares its own scores.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -274,10 +274,8 @@ class ScoredSplit:
 
     def heats(self, rows: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """The position and the heat map (height, width) of all pictures or of these rows."""
-        stitching = patches.Stitching()
-        for some, x, generated in self.drawn(rows):
-            for i, found in stitching.add(some, heatmaps.difference(x, generated)):
-                yield i if rows is None else int(rows[i]), self._heat(found[0])
+        for i, of_picture in differences(self.drawn(rows)):
+            yield i if rows is None else int(rows[i]), self._heat(of_picture)
 
     def _heat(self, of_picture: torch.Tensor) -> np.ndarray:
         return heat_map(of_picture, self.gan.image_size, self.usual)
@@ -297,6 +295,17 @@ class ScoredSplit:
                 else:
                     drawn = heatmaps.to_rgb(found[channels : 2 * channels])
                     yield Shown(int(rows[i]), real, drawn, self._heat(found[-1]))
+
+
+def differences(
+    drawn: Iterable[tuple[patches.Patches, torch.Tensor, torch.Tensor]],
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """The position of each picture and its difference from G(z) (height, width), stitched from what `latents.drawn`
+    yields of a set that was searched."""
+    stitching = patches.Stitching()
+    for some, x, generated in drawn:
+        for row, (of_picture,) in stitching.add(some, heatmaps.difference(x, generated)):
+            yield row, of_picture
 
 
 def heat_map(of_picture: torch.Tensor, side: int, usual: heatmaps.Usual | None, is_among: bool = False) -> np.ndarray:
@@ -414,13 +423,9 @@ def _usual(
     """What the search leaves of the validation images at each place; None where there is none, see `heatmaps.usual`."""
     if LATENTS not in loaded:
         return None
-    stitching, found = patches.Stitching(), loaded[LATENTS]["validation"]
+    found = loaded[LATENTS]["validation"]
     drawn = latents.drawn(gan, validation, found, request.batch_size, request.skip_unreadable)
-    return heatmaps.usual(
-        heatmaps.smoothed(of_picture[0], gan.image_size)
-        for some, x, generated in drawn
-        for _, of_picture in stitching.add(some, heatmaps.difference(x, generated))
-    )
+    return heatmaps.usual(heatmaps.smoothed(of_picture, gan.image_size) for _, of_picture in differences(drawn))
 
 
 def _stride(gan: runs.TrainedGAN, loaded: dict[Source, Any], normals: "Normals | None") -> int | None:
