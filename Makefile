@@ -38,9 +38,9 @@ washers washers-grey: $(VENV)/installed
 	test -d data/$@ || $(BIN)/python -m examples.planted_defects $(if $(findstring grey,$@),--grey)
 	$(BIN)/python train_gan.py --dataset data/$@ --normal-class good --run-dir outputs/$@-good \
 	    --picture-size own --batch-size 16 --epochs 15 --generator-steps 3
-	$(BIN)/python fit_latent.py --run-dir outputs/$@-good --steps 50 --ball
+	$(BIN)/python fit_latent.py --run-dir outputs/$@-good --steps 50
 	$(BIN)/python evaluate.py --run-dir outputs/$@-good --score peak
-	$(BIN)/python fit_latent.py --run-dir outputs/$@-good --steps 50 --ball --images data/$@/new
+	$(BIN)/python fit_latent.py --run-dir outputs/$@-good --steps 50 --images data/$@/new
 	$(BIN)/python evaluate.py --run-dir outputs/$@-good --images data/$@/new
 
 test: $(VENV)/installed-dev browser

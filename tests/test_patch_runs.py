@@ -565,7 +565,7 @@ def test_a_ball_holds_every_z(tiny_networks: Networks) -> None:
     random = torch.Generator().manual_seed(0)
     x = 2 * torch.rand(5, 3, 32, 32, generator=random, dtype=torch.float64) - 1
     z = torch.randn(5, 8, generator=random, dtype=torch.float64) * torch.tensor([0.1, 1, 1, 2, 4])[:, None]
-    config = fit_latent.Config(steps=25, lr=0.02, ball=True, precision="fp32")
+    config = fit_latent.Config(steps=25, lr=0.02, precision="fp32")
     found, residual, _ = fit_latent.search(tiny_networks, x, z, config)
     lengths = found.norm(dim=1)
     assert (lengths <= 8**0.5 + 1e-9).all() and (lengths > 8**0.5 - 1e-9).any() and (lengths < 2.5).any()

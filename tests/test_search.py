@@ -30,9 +30,10 @@ def start() -> torch.Tensor:
 def search(
     networks: Networks, images: torch.Tensor, start: torch.Tensor, batch_size: int = 7, **changes: float | str
 ) -> list[torch.Tensor]:
-    settings = {"steps": STEPS, "lr": LR, "discrimination_weight": WEIGHT, "precision": "fp32"} | changes
+    settings = {"steps": STEPS, "lr": LR, "ball": False, "discrimination_weight": WEIGHT, "precision": "fp32"}
+    config = Config(**settings | changes)
     parts = [
-        fit_latent.search(networks, to_model(batch).double(), z, Config(**settings))
+        fit_latent.search(networks, to_model(batch).double(), z, config)
         for batch, z in zip(images.split(batch_size), start.split(batch_size), strict=True)
     ]
     return [torch.cat(part) for part in zip(*parts, strict=True)]
@@ -128,6 +129,7 @@ def test_losses_belong_to_the_latents_returned(
 def test_search_from_the_answer_stays_there(tiny_networks: Networks) -> None:
     generator, _ = tiny_networks
     answer = torch.randn(5, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    fit_latent.shorten(answer, 8**0.5)  # where a search may end
     x = generator(answer)
     config = Config(steps=20, lr=1e-4, precision="fp32")
     _, residual, discrimination = fit_latent.search(tiny_networks, x, answer, config)
