@@ -17,6 +17,7 @@ from anogan.scores import GAN_R, LATENTS, REFERENCE, Batch, ImageSets, Score, So
 from util import InputError, printable, quoted
 
 NORMALS = "validation-scores.npz"
+USUAL = ("count", "total", "squares")  # what is kept there of `heatmaps.Usual`
 
 
 # ---- the scores of a run --------------------------------------------------------------------------------------------
@@ -109,7 +110,7 @@ def differences(
 def heat_map(of_picture: torch.Tensor, side: int, usual: heatmaps.Usual | None, is_among: bool = False) -> np.ndarray:
     """The heat map (height, width) of a picture from its difference: smoothed, and relative to what is usual."""
     heat = heatmaps.smoothed(of_picture, side)
-    return heat if usual is None else usual.relative(heat, side, is_among)
+    return heat if usual is None else usual.relative(heat, is_among)
 
 
 def search_of_gan_r(split: ScoredSplit) -> dict[str, Any] | None:
@@ -223,7 +224,8 @@ def _usual(
         return None
     found = loaded[LATENTS]["validation"]
     drawn = latents.drawn(gan, validation, found, request.batch_size, request.skip_unreadable)
-    return heatmaps.usual(heatmaps.smoothed(of_picture, gan.image_size) for _, of_picture in differences(drawn))
+    heats = (heatmaps.smoothed(of_picture, gan.image_size) for _, of_picture in differences(drawn))
+    return heatmaps.usual(heats, gan.image_size)
 
 
 def _stride(gan: runs.TrainedGAN, loaded: dict[Source, Any], normals: "Normals | None") -> int | None:
@@ -360,7 +362,7 @@ def keep_normals(validation: ScoredSplit) -> None:
     about = {"index": validation.images.index, "split": "validation", "gan": gan.fingerprint, "rests_on": rests_on}
     about |= {"stride": json.dumps(validation.stride), "most_patches": validation.patch_counts.max()}
     if validation.usual is not None:
-        about |= {f"usual_{name}": np.array(value) for name, value in vars(validation.usual).items()}
+        about |= {f"usual_{name}": np.array(getattr(validation.usual, name)) for name in USUAL}
     files.write_arrays(gan.run_dir / NORMALS, **validation.scores, **about)
 
 
@@ -386,8 +388,10 @@ def scores_of_normals(gan: runs.TrainedGAN, declared: Sequence[Score], request: 
             is_current = all(rests_on.get(name) == files.fingerprint(gan.run_dir / name) for name in names)
             is_whole = all(name in kept for name in ("stride", "most_patches", *(score.name for score in there)))
             if is_current and is_whole and _has_images(gan, kept["index"]):
-                usual = {name.removeprefix("usual_"): kept[name] for name in kept if name.startswith("usual_")}
-                usual = heatmaps.Usual(**usual | {"count": int(usual["count"])}) if usual else None
+                usual = None
+                if "usual_count" in kept:
+                    count, total, squares = (kept[f"usual_{name}"] for name in USUAL)
+                    usual = heatmaps.Usual(gan.image_size, int(count), total, squares)
                 by_name, stride = {s.name: kept[s.name] for s in there}, json.loads(str(kept["stride"]))
                 return Normals(by_name, stride, usual, int(kept["most_patches"]))
     if not runs.data_is_there(gan):

@@ -62,7 +62,7 @@ def test_relative_heats_keep_their_order() -> None:
 
 def test_pictures_of_another_size_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     """There is no usual at a place for them, so that an edge of theirs passes for a defect."""
-    usual = heatmaps.usual([np.ones((40, 60), np.float32)] * 20)
+    usual = heatmaps.usual([np.ones((40, 60), np.float32)] * 20, 32)
     scored = SimpleNamespace(
         usual=usual,
         patch_counts=np.array([6, 6, 4]),
