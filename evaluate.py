@@ -23,8 +23,8 @@ import torch
 import tyro
 
 import util
-from anogan import files, images, judge, masks, metrics, plots, report, runs, scores, verdicts
-from anogan.scores import ScoredSplit
+from anogan import files, images, judge, masks, metrics, plots, report, runs, scores, scoring, verdicts
+from anogan.scoring import ScoredSplit
 from detectors import acae, baselines, f_anogan, rotnet
 
 # Every score, in the order of tables and figures. To add a detector, add its scores here
@@ -96,10 +96,10 @@ def evaluate_splits(gan: runs.TrainedGAN, config: Config) -> dict[str, Any]:
     has_test = len(image_sets["test"]) > 0
     if not has_test:
         del image_sets["test"]
-    request = scores.Request(score, config.score is not None, config.batch_size, config.skip_unreadable)
-    scored = scores.score_run(gan, image_sets, SCORES, request)
+    request = scoring.Request(score, config.score is not None, config.batch_size, config.skip_unreadable)
+    scored = scoring.score_run(gan, image_sets, SCORES, request)
     validation = scored["validation"]
-    scores.keep_normals(validation)
+    scoring.keep_normals(validation)
     if not has_test:
         report.print_without_test(gan, validation)
         return {}
@@ -107,8 +107,8 @@ def evaluate_splits(gan: runs.TrainedGAN, config: Config) -> dict[str, Any]:
     check_both_kinds(test)
 
     # ROC-AUC
-    measured = {"normal_class": gan.normal_class, "gan": gan.fingerprint, "files": scores.fingerprints(scored)}
-    measured |= {"search": test.search, "search_gan_r": scores.search_of_gan_r(test)}
+    measured = {"normal_class": gan.normal_class, "gan": gan.fingerprint, "files": scoring.fingerprints(scored)}
+    measured |= {"search": test.search, "search_gan_r": scoring.search_of_gan_r(test)}
     protocols = {"test": [test]}
     if "train_anomalies" in scored:
         protocols["all_splits"] = [validation, test, scored["train_anomalies"]]
@@ -147,9 +147,9 @@ def judge_pictures(gan: runs.TrainedGAN, config: Config) -> dict[str, dict[str, 
     # by default the score that the test images were judged by, so that what was measured is what is used
     before = files.read_json(gan.run_dir / "metrics.json").get("threshold", {}).get("score")
     score = config.score or before or default_score(gan.run_dir)
-    request = scores.Request(score, True, config.batch_size, config.skip_unreadable)
-    normals = scores.scores_of_normals(gan, SCORES, request)
-    scored = scores.score_run(gan, {"images": pictures}, SCORES, request, normals)
+    request = scoring.Request(score, True, config.batch_size, config.skip_unreadable)
+    normals = scoring.scores_of_normals(gan, SCORES, request)
+    scored = scoring.score_run(gan, {"images": pictures}, SCORES, request, normals)
     verdict = verdicts.decide(scored, normals.scores, score, config.alpha, config.fdr)
     judged = scored["images"]
     folder = judge.write(judged, normals.scores[score], verdict)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -46,37 +47,53 @@ class Usual:
     """What G leaves of normal pictures at each place, where all have one size: an edge is never drawn to the pixel, and
     an even surface is."""
 
+    side: int  # of the squares that the networks see
     count: int  # of normal pictures
     total: np.ndarray  # (height, width), the sum of their smoothed differences
     squares: np.ndarray  # (height, width), the sum of the squares
 
-    def relative(self, heat: np.ndarray, side: int, is_among: bool = False) -> np.ndarray:
+    def relative(self, heat: np.ndarray, is_among: bool = False) -> np.ndarray:
         """A smoothed difference (height, width) minus the mean of normal pictures there, over their deviation.
 
         Mean and deviation are smoothed by a Gaussian of 1/16 of the side that the networks see, so that a part may lie
         a little beside the others; a fifth of the mean deviation is added. A picture of another size takes those of
         the same place in proportion. One that `is_among` the normals is compared with the others.
         """
-        without = heat.astype(np.float64) if is_among else 0.0
-        count = self.count - is_among
-        mean = (self.total - without) / count
-        deviation = np.sqrt(((self.squares - without**2) / count - mean**2).clip(min=0))
-        floor = deviation.mean() / 5 or 1.0  # pictures that are all the same
-        mean, deviation = (_resized(gaussian_filter(each, side / 16), heat.shape) for each in (mean, deviation))
+        mean, deviation, floor = self._without(heat.astype(np.float64)) if is_among else self._of_all
+        mean, deviation = (_resized(each, heat.shape) for each in (mean, deviation))
         return ((heat - mean) / (deviation + floor)).astype(np.float32)
 
+    @cached_property
+    def _of_all(self) -> tuple[np.ndarray, np.ndarray, float]:
+        """`_spread` of all normal pictures: the same for each picture that is not among them."""
+        return self._spread(self.count, self.total, self.squares)
 
-def usual(heats: Iterable[np.ndarray]) -> Usual | None:
-    """`Usual` of these smoothed differences; None if there are fewer than FEWEST, of several sizes, or large ones."""
+    def _without(self, heat: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        """`_spread` of all normal pictures but this one."""
+        return self._spread(self.count - 1, self.total - heat, self.squares - heat**2)
+
+    def _spread(self, count: int, total: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        """Smoothed mean and deviation (height, width) of so many pictures, and what is added to the deviation."""
+        mean = total / count
+        deviation = np.sqrt((squares / count - mean**2).clip(min=0))
+        floor = deviation.mean() / 5 or 1.0  # pictures that are all the same
+        return *(gaussian_filter(each, self.side / 16) for each in (mean, deviation)), floor
+
+
+def usual(heats: Iterable[np.ndarray], side: int) -> Usual | None:
+    """`Usual` of these smoothed differences, seen in squares of this side.
+
+    None if there are fewer than FEWEST, of several sizes, or large ones.
+    """
     found = None
     for heat in heats:
         if heat.size > LARGEST or (found is not None and heat.shape != found.total.shape):
             return None
         heat = heat.astype(np.float64)
         if found is None:
-            found = Usual(1, heat, heat**2)
+            found = Usual(side, 1, heat, heat**2)
         else:
-            found = Usual(found.count + 1, found.total + heat, found.squares + heat**2)
+            found = Usual(side, found.count + 1, found.total + heat, found.squares + heat**2)
     return found if found is not None and found.count >= FEWEST else None
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from anogan import files, heatmaps, plots, processes, report, verdicts
-from anogan.scores import ScoredSplit
+from anogan.scoring import ScoredSplit
 from anogan.verdicts import Verdict
 from util import printable
 

@@ -10,7 +10,7 @@ from scipy.ndimage import label
 from sklearn.metrics import auc, roc_curve
 
 from anogan import heatmaps, masks
-from anogan.scores import ScoredSplit
+from anogan.scoring import ScoredSplit
 
 CLASSES = 30  # anomalous classes that figures and the terminal show at most; metrics.json has them all
 

@@ -21,7 +21,7 @@ from torchvision.utils import make_grid
 
 from anogan import files, heatmaps
 from anogan.metrics import worst_classes
-from anogan.scores import ScoredSplit
+from anogan.scoring import ScoredSplit
 from anogan.verdicts import Verdict
 from util import printable
 

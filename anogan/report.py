@@ -20,7 +20,7 @@ from PIL import Image
 from anogan import files, heatmaps, verdicts
 from anogan.metrics import worst_classes
 from anogan.runs import TrainedGAN
-from anogan.scores import ScoredSplit
+from anogan.scoring import ScoredSplit
 from anogan.verdicts import Verdict
 from util import printable, quoted
 

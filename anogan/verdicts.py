@@ -8,7 +8,7 @@ import numpy as np
 from scipy.stats import beta, false_discovery_control
 
 from anogan import heatmaps
-from anogan.scores import ScoredSplit
+from anogan.scoring import ScoredSplit
 from util import quoted
 
 

@@ -15,7 +15,7 @@ from conftest import TINY
 from PIL import ExifTags, Image
 from scipy.ndimage import binary_dilation
 
-from anogan import heatmaps, judge, metrics, plots, runs, scores
+from anogan import heatmaps, judge, metrics, plots, runs, scores, scoring
 
 CPU = ["--device", "cpu"]
 CROP, STRETCH, PAD = (["--fit", fit] for fit in ("crop", "stretch", "pad"))
@@ -106,9 +106,9 @@ class Found:
 def find(run_dir: Path, level: float) -> tuple[dict[str, Found], dict]:
     """What was found in every test picture, by source; and the pixel figures."""
     gan = runs.load_gan(run_dir, torch.device("cpu"))
-    request = scores.Request("peak", True, 64, False)
-    normals = scores.Normals({}, None, usual=None, most_patches=99)  # so that the heat is the difference itself
-    test = scores.score_run(gan, {"test": runs.open_split(gan, "test")}, scores.SEARCH, request, normals)["test"]
+    request = scoring.Request("peak", True, 64, False)
+    normals = scoring.Normals({}, None, usual=None, most_patches=99)  # so that the heat is the difference itself
+    test = scoring.score_run(gan, {"test": runs.open_split(gan, "test")}, scores.SEARCH, request, normals)["test"]
     judge.mark_pictures(run_dir, test, SimpleNamespace(level=level, brightest=1.0))
     found = {}
     for row, heat in test.heats():

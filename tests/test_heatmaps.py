@@ -115,26 +115,26 @@ def test_what_is_usual_at_a_place_does_not_count() -> None:
         return drawn.astype(np.float32)
 
     normal = [heat() for _ in range(30)]
-    usual = heatmaps.usual(normal)
-    among = [usual.relative(each, 32, is_among=True).max() for each in normal]
+    usual = heatmaps.usual(normal, 32)
+    among = [usual.relative(each, is_among=True).max() for each in normal]
     defective = heat(0.1)
     assert defective.argmax() % 60 in (20, 21) and defective.max() <= max(each.max() for each in normal)
-    found = usual.relative(defective, 32)
+    found = usual.relative(defective)
     assert found.max() > 3 * max(among) and np.unravel_index(found.argmax(), found.shape)[1] in range(40, 44)
-    assert max(usual.relative(heat(), 32).max() for _ in range(30)) < 2 * max(among)
+    assert max(usual.relative(heat()).max() for _ in range(30)) < 2 * max(among)
 
 
 def test_a_normal_picture_is_compared_with_the_others() -> None:
     rng = np.random.default_rng(0)
     heats = list(rng.random((25, 20, 30)).astype(np.float32))
-    usual, others = heatmaps.usual(heats), heatmaps.usual(heats[1:])
-    np.testing.assert_allclose(usual.relative(heats[0], 32, True), others.relative(heats[0], 32), rtol=1e-4, atol=1e-5)
+    usual, others = heatmaps.usual(heats, 32), heatmaps.usual(heats[1:], 32)
+    np.testing.assert_allclose(usual.relative(heats[0], True), others.relative(heats[0]), rtol=1e-4, atol=1e-5)
 
 
 def test_where_nothing_is_usual() -> None:
     heats = [np.ones((4, 6), np.float32)] * 25
-    assert heatmaps.usual(heats[:19]) is None and heatmaps.usual([]) is None
-    assert heatmaps.usual([*heats, np.ones((6, 4), np.float32)]) is None  # they do not lie in one position
-    usual = heatmaps.usual(heats)  # all the same
-    assert np.abs(usual.relative(heats[0], 32)).max() < 1e-6
-    assert usual.relative(np.full((8, 12), 3, np.float32), 32) == pytest.approx(2)  # of another size
+    assert heatmaps.usual(heats[:19], 32) is None and heatmaps.usual([], 32) is None
+    assert heatmaps.usual([*heats, np.ones((6, 4), np.float32)], 32) is None  # they do not lie in one position
+    usual = heatmaps.usual(heats, 32)  # all the same
+    assert np.abs(usual.relative(heats[0])).max() < 1e-6
+    assert usual.relative(np.full((8, 12), 3, np.float32)) == pytest.approx(2)  # of another size

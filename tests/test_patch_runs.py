@@ -31,8 +31,8 @@ from test_search import Networks
 
 import evaluate
 import fit_latent
-from anogan import heatmaps, images, latents, plots, reconstruction, runs, scores, verdicts
-from anogan.scores import ScoredSplit
+from anogan import heatmaps, images, latents, plots, reconstruction, runs, scores, scoring, verdicts
+from anogan.scoring import ScoredSplit
 from detectors import acae, f_anogan, rotnet
 from util import InputError
 
@@ -415,8 +415,8 @@ def scored(run_dir: Path, score: str, is_the_only_one: bool = True) -> ScoredSpl
     """The test split as evaluate.py works with it, without its figures."""
     gan = runs.load_gan(run_dir, torch.device("cpu"))
     image_sets = {split: runs.open_split(gan, split) for split in ("validation", "test")}
-    request = scores.Request(score, is_the_only_one, batch_size=16, skip_unreadable=False)
-    return scores.score_run(gan, image_sets, evaluate.SCORES, request)["test"]
+    request = scoring.Request(score, is_the_only_one, batch_size=16, skip_unreadable=False)
+    return scoring.score_run(gan, image_sets, evaluate.SCORES, request)["test"]
 
 
 def test_gan_r_of_other_patches(run_dir: Path, tmp_path: Path, run_here: Run, capsys: Captured) -> None:

@@ -10,7 +10,7 @@ import pytest
 from conftest import TINY
 from PIL import Image, PngImagePlugin
 
-from anogan import decoding, heatmaps, images, loading, metrics, scores
+from anogan import decoding, heatmaps, images, loading, metrics, scoring
 from anogan.decoding import View
 
 OWN = View(32, 1, picture_size="own")
@@ -62,19 +62,19 @@ def test_relative_heats_keep_their_order() -> None:
 
 def test_pictures_of_another_size_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     """There is no usual at a place for them, so that an edge of theirs passes for a defect."""
-    usual = heatmaps.usual([np.ones((40, 60), np.float32)] * 20)
+    usual = heatmaps.usual([np.ones((40, 60), np.float32)] * 20, 32)
     scored = SimpleNamespace(
         usual=usual,
         patch_counts=np.array([6, 6, 4]),
         seen_size=np.array([[40, 60], [40, 60], [60, 40]]),
         images=images.ImageSet("made", [], np.arange(3), np.zeros(3), np.array(["a", "b", "c"]), None),
     )
-    scores._name_others("test", scored, 6)
+    scoring._name_others("test", scored, 6)
     printed = capsys.readouterr().out
     assert printed.startswith(
         "test: 1 of 3 pictures have another size than the validation pictures, such as c (40x60, "
     )
-    scores._name_others("test", replace_in(scored, usual=None), 5)
+    scoring._name_others("test", replace_in(scored, usual=None), 5)
     assert "test: 2 of 3 pictures are larger than every validation picture, such as a (6 p" in capsys.readouterr().out
 
 

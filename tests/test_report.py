@@ -12,7 +12,8 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from anogan import report, verdicts
 from anogan.images import ImageSet
-from anogan.scores import GAN, Score, ScoredSplit
+from anogan.scores import GAN, Score
+from anogan.scoring import ScoredSplit
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package: chromium)")

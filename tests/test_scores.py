@@ -284,7 +284,7 @@ def test_scores_are_worked_out_in_full_precision(
         return {}
 
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    monkeypatch.setattr("anogan.scores.score_run", note)
+    monkeypatch.setattr("anogan.scoring.score_run", note)
     with pytest.raises(KeyError):  # there are no scores to go on with
         run_here("evaluate.py", "--device", "cpu")
     assert allowed == [False] and torch.backends.cudnn.allow_tf32

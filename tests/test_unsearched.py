@@ -14,7 +14,7 @@ from test_util import draw
 import evaluate
 import fit_latent
 import train_gan
-from anogan import runs, scores
+from anogan import runs, scoring
 
 NEED_Z = {"anomaly_score", "residual", "discrimination", "peak", "gan_r"}
 
@@ -105,10 +105,10 @@ def test_an_image_that_became_unreadable_shifts_no_other(tmp_path: Path, run_her
     run_here("fit_latent.py", "--steps", "2", *CPU)
     gan = runs.load_gan(tmp_path / "outputs/set-good", torch.device("cpu"))
     image_sets = {split: runs.open_split(gan, split) for split in ("validation", "test")}
-    request = scores.Request("peak", True, batch_size=3, skip_unreadable=True)
-    before = scores.score_run(gan, image_sets, evaluate.SCORES, request)["test"]
+    request = scoring.Request("peak", True, batch_size=3, skip_unreadable=True)
+    before = scoring.score_run(gan, image_sets, evaluate.SCORES, request)["test"]
     (tmp_path / "set/test/bad/1.png").write_bytes(b"")
-    after = scores.score_run(gan, image_sets, evaluate.SCORES, request)["test"]
+    after = scoring.score_run(gan, image_sets, evaluate.SCORES, request)["test"]
     kept = np.arange(8) != 1
     assert after.images.source.tolist() == before.images.source[kept].tolist()
     np.testing.assert_array_equal(after.latents["z"], before.latents["z"][kept])
