@@ -49,7 +49,7 @@ class Config:
     stride: int | None = None  # pixels from a patch to the next, for a GAN of patches; by default half their side
     steps: int = 100  # Adam steps for each image; fewer than 25 can end higher than they start
     lr: float = 0.4  # Adam's largest step size: up to it over the first fifth of the steps, down over the last
-    ball: bool = True  # keep z as near to 0 as drawn ones are: |z| <= sqrt(latent_dim)
+    ball: bool = True  # keep z as near to 0 as drawn ones are, |z| <= sqrt(latent_dim); --no-ball: as in the paper
     discrimination: Literal["features", "reference"] = "features"  # or reference: -log D(G(z)), Yeh et al. 2016
     discrimination_weight: float = 0.1  # lambda: the loss is (1 - lambda) residual + lambda discrimination
     init: Literal["candidates", "encoder"] = "candidates"  # where a search starts: the nearest candidate, or E(x)

@@ -71,7 +71,7 @@ class Score:
     opacity: float = 1.0  # of its bars
     parts: tuple[str, ...] = ()
     of: Literal["patch", "picture", "map"] = "patch"  # of a picture: the same for all of its patches
-    pool: str = "worst"  # one of POOLS
+    pool: str = "tenth"  # one of POOLS
     pooled_of: str | None = None  # the score whose patches it pools in another way; figures show it if it is judged by
 
 
@@ -85,7 +85,7 @@ def worst_tenth(of_patches: np.ndarray) -> float:
 
 # How a picture's score is made of those of its patches, and what figures call it
 POOLS = {"worst": (np.max, "worst patch"), "tenth": (worst_tenth, "worst tenth"), "mean": (np.mean, "mean of patches")}
-POOLED = "tab:cyan"  # of a score that figures show beside that of the worst patch
+POOLED = "tab:cyan"  # of a score that figures show next to that of the worst tenth
 
 
 def pooled(of_patches: np.ndarray, rows: np.ndarray, pool: str) -> np.ndarray:

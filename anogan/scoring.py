@@ -195,13 +195,14 @@ def score_run(
 
 def _name_others(split: str, scored: ScoredSplit, most: int) -> None:
     """Say which pictures cannot be compared with validation: those with more patches than any picture there has, of
-    which the worst is worse for no defect; and those of another size, where heat maps go by place."""
+    which the worst are worse for no defect; and those of another size, where heat maps go by place."""
     larger = np.flatnonzero(scored.patch_counts > most)
     if len(larger) > 0:
         print(
             f"{split}: {len(larger)} of {len(scored.images)} pictures are larger than every validation picture, such "
             f"as {printable(scored.images.source[larger[0]])} ({scored.patch_counts[larger[0]]} patches, not {most} at "
-            "most): their worst patch is worse for that alone, and more of them are flagged than --alpha says"
+            "most): of more patches the worst are worse even without a defect, and more of these pictures can be "
+            "flagged than --alpha says"
         )
     if scored.usual is None:
         return
@@ -230,7 +231,7 @@ def _usual(
 
 def _stride(gan: runs.TrainedGAN, loaded: dict[Source, Any], normals: "Normals | None") -> int | None:
     """From which patches the scores of pictures are made: those that were searched, else those of the normals that they
-    are compared with, since of more patches the worst is worse."""
+    are compared with, since of more patches the worst are worse."""
     for source in (LATENTS, REFERENCE):
         if source in loaded:
             return next(iter(loaded[source].values()))["search"]["stride"]

@@ -87,7 +87,7 @@ def training_vectors(gan: runs.TrainedGAN, skip_unreadable: bool) -> np.ndarray:
 def scores_of_split(
     gan: runs.TrainedGAN, split: str, models: dict[str, BaseEstimator], pca: PCA, skip_unreadable: bool
 ) -> tuple[dict[str, np.ndarray], images.ImageSet]:
-    """The scores (N,) of a split's pictures, of the worst patch where there are several; and which pictures they are.
+    """The scores (N,) of a split's pictures, of several patches pooled; and which pictures they are.
 
     Raises InputError if none can be read.
     """
