@@ -125,7 +125,7 @@ def evaluate_splits(gan: runs.TrainedGAN, config: Config) -> dict[str, Any]:
         "validation_images": len(validation.images),
         "test": verdicts.flag_metrics(verdict.flagged["test"], test.is_anomaly),
     }
-    if test.latents is not None and masks.has_masks(gan.dataset):
+    if test.map is not None and masks.has_masks(gan.dataset):
         try:
             measured["pixels"] = metrics.pixel_metrics(test, verdict.level)
         except util.InputError as error:  # main raises it again, when all else is written
@@ -135,7 +135,7 @@ def evaluate_splits(gan: runs.TrainedGAN, config: Config) -> dict[str, Any]:
 
     # Difference maps, and the other figures
     figures = plots.of_scores(test, verdict, measured["test"])
-    if test.latents is not None:
+    if test.map is not None:
         figures.append(plots.difference_maps(test, verdict))
     report.write_run(test, verdict, measured, figures)
     return measured
@@ -154,7 +154,7 @@ def judge_pictures(gan: runs.TrainedGAN, config: Config) -> dict[str, dict[str, 
     judged = scored["images"]
     folder = judge.write(judged, normals.scores[score], verdict)
     judge.print_verdicts(judged, verdict, len(pictures) - len(judged.images))
-    maps = "" if judged.latents is None else " heat/ marked/"
+    maps = "" if judged.map is None else " heat/ marked/"
     print(f"\nwrote {folder}/: scores.csv report.html scores.png{maps}")
     print(f"next: open {folder / 'report.html'} in a browser")
     rows = zip(judged.scores[score], verdict.p_value["images"], verdict.flagged["images"], strict=True)

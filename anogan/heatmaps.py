@@ -26,10 +26,11 @@ def difference(x: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
     return (x - generated).abs().mean(1, keepdim=True) / 2
 
 
-def unit(normalise: bool, is_relative: bool) -> tuple[float, str]:
-    """What a heat is told to a person in: how many of these units a heat of 1 is, and what they are."""
-    if is_relative:
-        return 1.0, "deviations above what is usual at that place"
+RELATIVE = (1.0, "deviations above what is usual at that place")  # the unit of a heat that is compared with the usual
+
+
+def unit(normalise: bool) -> tuple[float, str]:
+    """What a difference is told to a person in: how many of these units a heat of 1 is, and what they are."""
     return (2 * images.SPAN, "standard deviations") if normalise else (1.0, "of the range from black to white")
 
 
@@ -154,15 +155,20 @@ def thumbnail(picture: np.ndarray, longest: int) -> np.ndarray:
 
 
 def panels(
-    real: np.ndarray, generated: np.ndarray, heat: np.ndarray, level: float, brightest: float, longest: int
+    real: np.ndarray, generated: np.ndarray | None, heat: np.ndarray, level: float, brightest: float, longest: int
 ) -> list[np.ndarray]:
-    """Real, generated, heat map and marked of a picture uint8 (H, W, 3) and its heat (H, W): four uint8 (h, w, 3).
+    """Real, generated if there is one, heat map and marked of a picture uint8 (H, W, 3) and its heat (H, W): three or
+    four uint8 (h, w, 3).
 
     Where a side is longer than `longest` they are reduced to that. Of the heat the largest value of each place is kept,
     so that a thin defect is still seen.
     """
     height, width = (max(1, round(side * min(1, longest / max(heat.shape)))) for side in heat.shape)
     if (height, width) != heat.shape:
-        real, generated = (np.asarray(Image.fromarray(each).resize((width, height))) for each in (real, generated))
+        real, generated = (
+            None if each is None else np.asarray(Image.fromarray(each).resize((width, height)))
+            for each in (real, generated)
+        )
         heat = adaptive_max_pool2d(torch.from_numpy(heat)[None], (height, width))[0].numpy()
-    return [real, generated, coloured(heat, brightest), marked(real, heat, level)]
+    pictures = [real] if generated is None else [real, generated]
+    return [*pictures, coloured(heat, brightest), marked(real, heat, level)]

@@ -47,7 +47,7 @@ def write(pictures: ScoredSplit, of_normals: np.ndarray, verdict: Verdict) -> Pa
         verdict,
     )
     report.write(partial / "report.html", page, report.strips(pictures, verdict))
-    if pictures.latents is not None:
+    if pictures.map is not None:
         mark_pictures(partial, pictures, verdict)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -113,5 +113,5 @@ def print_verdicts(pictures: ScoredSplit, verdict: Verdict, unsearched: int) -> 
             f"\n{unsearched} more pictures there were not searched, new since then or unreadable: fit_latent.py does it"
         )
     print(f"\n{flagged.sum()} of {len(score)} pictures are flagged; {verdicts.meaning(verdict)}")
-    if pictures.latents is not None and math.isinf(verdict.level):
+    if pictures.map is not None and math.isinf(verdict.level):
         print(verdicts.too_few_to_mark(verdict.alpha, verdict.normals))

@@ -10,6 +10,7 @@ from scipy.ndimage import label
 from sklearn.metrics import auc, roc_curve
 
 from anogan import heatmaps, masks
+from anogan.scores import DIFFERENCE
 from anogan.scoring import ScoredSplit
 
 CLASSES = 30  # anomalous classes that figures and the terminal show at most; metrics.json has them all
@@ -165,9 +166,9 @@ def pixel_figures(pictures: Iterable[tuple[np.ndarray, np.ndarray]], level: floa
     } | found_by_level
 
 
-def from_0_to_1(heat: np.ndarray) -> np.ndarray:
-    """Relative heats of any size and sign to [0, 1], in the same order: 0 to 1/2, and 5 deviations to 3/4."""
-    return (1 + heat / (np.abs(heat) + 5)) / 2
+def from_0_to_1(heat: np.ndarray, middle: float) -> np.ndarray:
+    """Heats of any size and sign to [0, 1], in the same order: 0 to 1/2, and `middle` to 3/4."""
+    return (1 + heat / (np.abs(heat) + middle)) / 2
 
 
 def pixel_metrics(test: ScoredSplit, level: float) -> dict[str, Any]:
@@ -192,10 +193,13 @@ def pixel_metrics(test: ScoredSplit, level: float) -> dict[str, Any]:
                     empty.append(paths[source].relative_to(test.gan.dataset).as_posix())
                     continue
             heat = heatmaps.at_own_size(heat, size, test.gan.view)
-            yield (heat if test.usual is None else from_0_to_1(heat)), mask
+            yield (heat if is_share else from_0_to_1(heat, middle)), mask
 
-    is_finite = test.usual is not None and math.isfinite(level)
-    figures = pixel_figures(heat_and_mask(), float(from_0_to_1(np.float32(level))) if is_finite else level)
+    is_share = test.map is DIFFERENCE and test.map.name not in test.usual  # of the range from black to white
+    is_finite = math.isfinite(level)
+    middle = level if is_finite and level > 0 else 5.0
+    passed = float(from_0_to_1(np.float32(level), middle)) if is_finite and not is_share else level
+    figures = pixel_figures(heat_and_mask(), passed)
     without = Counter(test.class_name[test.is_anomaly & ~has_file].tolist())
     with_mask = int((test.is_anomaly & has_file).sum()) - len(empty)
     return figures | {"with_mask": with_mask, "without_mask": dict(without), "empty_masks": empty}

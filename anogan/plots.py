@@ -3,6 +3,7 @@
 import io
 import math
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from unicodedata import east_asian_width
 
@@ -246,8 +247,10 @@ def bars_of_classes(axes: Axes, split: ScoredSplit, metrics: dict, names: list[s
     axes.set_xticks(range(len(names)), [shown(name, 24) for name in names], rotation=30, ha="right")
 
 
-def panels_of_images(path: Path, panels: list[list[np.ndarray]], captions: list[list[str]], title: str) -> None:
-    """Four panels an image, as `heatmaps.panels` makes them, each uint8 (H, W, 3).
+def panels_of_images(
+    path: Path, panels: list[list[np.ndarray]], headers: list[str], captions: list[list[str]], title: str
+) -> None:
+    """A row of panels for each image, as `heatmaps.panels` makes them, each uint8 (H, W, 3), under these headers.
 
     The words of an image's caption stand above its panels, one each.
     """
@@ -255,7 +258,7 @@ def panels_of_images(path: Path, panels: list[list[np.ndarray]], captions: list[
     shapes = [panel.shape for of_image in panels for panel in of_image]
     side, tallest = max(map(max, shapes)), max(height for height, _, _ in shapes)
     gap = max(1, side // 16)
-    places = [number * (side + gap) for number in range(4)]  # where in a strip a panel begins
+    places = [number * (side + gap) for number in range(len(headers))]  # where in a strip a panel begins
     strips = np.full((len(captions), tallest, places[-1] + side, 3), 255, np.uint8)
     for strip, of_image in zip(strips, panels, strict=True):
         for place, panel in zip(places, of_image, strict=True):
@@ -266,13 +269,12 @@ def panels_of_images(path: Path, panels: list[list[np.ndarray]], captions: list[
     grid = figure.subplots(lines, 2, squeeze=False)  # one axes an image: a hundred of them take seconds to lay out
     for axes in grid.flat:
         axes.axis("off")
-    headers = ("real", "generated", "difference", "marked")
     for i, (strip, words) in enumerate(zip(strips, captions, strict=True)):
         axes = grid[i % lines, i // lines]
         axes.imshow(strip)
         if i % lines == 0:
             axes.set_title("\n\n", fontsize=8)  # room for the headers
-        for place, header, word in zip(places, headers, [*words, ""], strict=True):
+        for place, header, word in zip_longest(places, headers, words, fillvalue=""):
             text = f"{header}\n\n{word}" if i % lines == 0 else word
             axes.text(place + side / 2, -gap, text, ha="center", va="bottom", fontsize=8)
     figure.suptitle(title)
@@ -335,7 +337,7 @@ def of_scores(test: ScoredSplit, verdict: Verdict, metrics: dict[str, dict]) -> 
 
 
 def difference_maps(test: ScoredSplit, verdict: Verdict) -> Path:
-    """Real, generated, difference and marked, of the first few normals and the first two of each anomalous class.
+    """Real, generated, heat map and marked, of the first few normals and the first two of each anomalous class.
 
     Ten classes at most, and the title says so. They are not the best-looking ones. Returns the figure's path.
     """
@@ -346,12 +348,13 @@ def difference_maps(test: ScoredSplit, verdict: Verdict) -> Path:
     rows = np.concatenate(rows + [np.flatnonzero(test.class_name == name)[:2] for name in anomalous])
     by = verdict.level, verdict.brightest, LONGEST
     panels = [heatmaps.panels(each.real, each.generated, each.heat, *by) for each in test.shown(rows)]
-    score, p_value = test.scores["anomaly_score"], verdict.p_value["test"]
-    captions = [[shown(test.class_name[i], 16), f"A = {score[i]:.0f}", f"p = {p_value[i]:.2g}"] for i in rows]
+    score, p_value = test.scores[verdict.score], verdict.p_value["test"]
+    captions = [[shown(test.class_name[i], 16), f"{score[i]:.4g}", f"p = {p_value[i]:.2g}"] for i in rows]
     is_marked = math.isfinite(verdict.level)
     red = f"red: more than {verdict.level_in_words}" if is_marked else "too few normals to mark"
-    title = f"{shown(test.gan.run_dir.name)}, test split\np of {test.declared[verdict.score].label}\n{red}"
+    title = f"{shown(test.gan.run_dir.name)}, test split\nscore and p of {test.declared[verdict.score].label}\n{red}"
     if len(all_anomalous) > len(anomalous):
         title += f"; the first {len(anomalous)} of {len(all_anomalous)} anomalous classes"
-    panels_of_images(path, panels, captions, title)
+    headers = ["real", *(["generated"] if test.latents is not None else []), test.map.name, "marked"]
+    panels_of_images(path, panels, headers, captions, title)
     return path

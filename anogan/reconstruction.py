@@ -31,7 +31,7 @@ def check(gan: runs.TrainedGAN, training: images.ImageSet, validation: images.Im
     grids = (plots.grid(images.to_display(each)) for each in (seen, generated))
     plots.samples(path, *grids, f"{plots.shown(gan.run_dir.name)}: normal {gan.sees} that G has not seen")
     one, several = ("patch", "patches") if gan.view.has_patches else ("picture", "normals")
-    factor, unit = heatmaps.unit(gan.view.normalise, is_relative=False)
+    factor, unit = heatmaps.unit(gan.view.normalise)
     print(
         f"reconstruction check: G(z) leaves {factor * left:.3f} {unit} in {len(seen)} validation "
         f"{several}, the median {one} leaves {factor * left_by_median:.3f}: "

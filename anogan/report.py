@@ -70,7 +70,8 @@ def write(path: Path, page: Page, strips: Iterator[bytes]) -> None:
         ]
         for i, picture in zip(split.ranked(verdict.score), chain(pictures, repeat(None)), strict=False)
     ]
-    panels = ["real"] if split.latents is None else ["real", "generated", "difference", "marked"]
+    panels = ["real"] if split.latents is None else ["real", "generated"]
+    panels += [] if split.map is None else [split.map.name, "marked"]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     text = environment.get_template("report.template.html").render(
         title=page.title,
@@ -89,6 +90,7 @@ def write(path: Path, page: Page, strips: Iterator[bytes]) -> None:
         },
         without_picture=len(rows) - len(pictures),
         searched=split.latents is not None,
+        has_map=split.map is not None,
         level=verdict.level_in_words if math.isfinite(verdict.level) else None,
     )
     with files.replacing(path) as partial:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from anogan import images, latents, patches, runs
+from anogan import heatmaps, images, latents, patches, runs
 from util import InputError, anomaly_score
 
 ImageSets = dict[str, images.ImageSet]  # by split; `images` are pictures without labels
@@ -54,11 +54,25 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class HeatMap:
+    """A map of where pictures are unusual, declared once: what it is called, what it needs, how it is worked out.
+
+    `function` takes what `source.load` returned and a Batch to (N, 1, H, H), from 0 up. The maps of a picture's patches
+    are stitched and smoothed, and compared with what is usual at each place, see `heatmaps`.
+    """
+
+    name: str
+    source: Source
+    function: Callable[[Any, Batch], torch.Tensor]
+    unit: Callable[[bool], tuple[float, str]]  # how many of which units a heat of 1 is, given if images are normalised
+
+
+@dataclass(frozen=True)
 class Score:
     """A score, declared once: what it is called, what it needs, how it is worked out and drawn in figures.
 
-    `function` takes what `source.load` returned and a Batch to (N,), from which `pool` makes one for each picture. Of
-    the heat map it takes a picture's map (height, width) to a number instead. With `parts` the score is made of others:
+    `function` takes what `source.load` returned and a Batch to (N,), from which `pool` makes one for each picture. With
+    a `map` it takes a picture's heat map (height, width) alone to a number. With `parts` the score is made of others:
     it takes those of a split and those of validation, each a dict of (N,) by name.
     """
 
@@ -70,7 +84,8 @@ class Score:
     line: str = "-"
     opacity: float = 1.0  # of its bars
     parts: tuple[str, ...] = ()
-    of: Literal["patch", "picture", "map"] = "patch"  # of a picture: the same for all of its patches
+    map: HeatMap | None = None
+    of: Literal["patch", "picture"] = "patch"  # of a picture: the same for all of its patches
     pool: str = "tenth"  # one of POOLS
     pooled_of: str | None = None  # the score whose patches it pools in another way; figures show it if it is judged by
 
@@ -101,7 +116,7 @@ def with_pools(declared: Sequence[Score]) -> list[Score]:
     found = []
     for score in declared:
         found.append(score)
-        if score.of == "patch" and not score.parts:
+        if score.of == "patch" and not score.parts and score.map is None:
             found += [
                 replace(
                     score,
@@ -176,6 +191,10 @@ REFERENCE = Source(
     scores_unlabelled=False,
 )
 
+DIFFERENCE = HeatMap(
+    "difference", LATENTS, lambda fits, batch: heatmaps.difference(batch.x, batch.generated), heatmaps.unit
+)
+
 # What needs G(z) is of the source LATENTS
 SEARCH = (
     Score(
@@ -207,11 +226,11 @@ SEARCH = (
         "peak",
         "peak, largest local difference",
         LATENTS,
-        lambda fits, heat: peak(heat),
+        peak,
         colour="tab:blue",
         line="-.",
         opacity=0.25,
-        of="map",
+        map=DIFFERENCE,
     ),
     Score("p_d", "P_D, discriminator alone", GAN, lambda gan, batch: p_d(gan.discriminator, batch.x), "tab:orange"),
 )

@@ -5,19 +5,31 @@ run folder, since a verdict compares with them.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from anogan import files, heatmaps, images, latents, patches, runs
-from anogan.scores import GAN_R, LATENTS, REFERENCE, Batch, ImageSets, Score, Source, declared_for, pooled
+from anogan.scores import (
+    GAN_R,
+    LATENTS,
+    REFERENCE,
+    Batch,
+    HeatMap,
+    ImageSets,
+    Score,
+    Source,
+    declared_for,
+    pooled,
+)
 from util import InputError, printable, quoted
 
 NORMALS = "validation-scores.npz"
 USUAL = ("count", "total", "squares")  # what is kept there of `heatmaps.Usual`
+UsualByMap = dict[str, heatmaps.Usual]  # what heat maps are relative to, by their names; a map that is not has none
 
 
 # ---- the scores of a run --------------------------------------------------------------------------------------------
@@ -30,7 +42,7 @@ class Shown:
     row: int  # its position in the split
     real: np.ndarray  # uint8 (height, width, 3)
     generated: np.ndarray | None  # the same of G(z), stitched; None where nothing was searched
-    heat: np.ndarray | None  # (height, width)
+    heat: np.ndarray | None  # (height, width); None without a heat map
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,22 @@ class ScoredSplit:
     seen_size: np.ndarray | None = None  # (N, 2) the height and the width at which the networks see a picture
     patch_counts: np.ndarray | None = None  # (N,) of how many patches a picture's scores are
     stride: int | None = None  # of these patches; None for whole pictures
-    usual: heatmaps.Usual | None = None  # what heat maps are relative to
+    split: str = "test"  # its name
+    usual: UsualByMap = field(default_factory=dict)
+    map: HeatMap | None = None  # the heat map that is shown: that of the score that the verdict rests on, if it has one
+    loaded: Any = None  # what the source of this map has loaded
+
+    @property
+    def unit(self) -> tuple[float, str]:
+        """What the heat that is shown is told to a person in, see `heatmaps.unit`."""
+        if self.map.name in self.usual:
+            return heatmaps.RELATIVE
+        return self.map.unit(self.gan.normalise)
+
+    @property
+    def peak(self) -> str:
+        """The name of the score that is the largest value of the heat map that is shown."""
+        return next(name for name, score in self.declared.items() if score.map is self.map)
 
     @property
     def search(self) -> dict[str, Any] | None:
@@ -73,11 +100,16 @@ class ScoredSplit:
 
     def heats(self, rows: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """The position and the heat map (height, width) of all pictures or of these rows."""
-        for i, of_picture in differences(self.drawn(rows)):
-            yield i if rows is None else int(rows[i]), self._heat(of_picture)
+        stitching = patches.Stitching()
+        for some, x, generated in self.drawn(rows):
+            for i, (of_picture,) in stitching.add(some, self._map_of(some, x, generated)):
+                yield i if rows is None else int(rows[i]), self._heat(of_picture)
+
+    def _map_of(self, some: patches.Patches, x: torch.Tensor, generated: torch.Tensor | None) -> torch.Tensor:
+        return self.map.function(self.loaded, Batch(self.split, some, x, generated))
 
     def _heat(self, of_picture: torch.Tensor) -> np.ndarray:
-        return heat_map(of_picture, self.gan.image_size, self.usual)
+        return heat_map(of_picture, self.gan.image_size, self.usual.get(self.map.name))
 
     def shown(self, rows: np.ndarray) -> Iterator[Shown]:
         """The pictures at these rows as the networks see them."""
@@ -85,30 +117,20 @@ class ScoredSplit:
         for some, x, generated in self.drawn(rows):
             layers = [some.pixels.to(x.device) / 127.5 - 1]
             if generated is not None:
-                levels = images.to_levels(generated, some.pixels, self.gan.view.normalise)
-                layers += [levels, heatmaps.difference(x, generated)]
+                layers.append(images.to_levels(generated, some.pixels, self.gan.view.normalise))
+            if self.map is not None:
+                layers.append(self._map_of(some, x, generated))
             for i, found in stitching.add(some, torch.cat(layers, 1)):
-                real = heatmaps.to_rgb(found[:channels])
-                if generated is None:
-                    yield Shown(int(rows[i]), real, None, None)
-                else:
-                    drawn = heatmaps.to_rgb(found[channels : 2 * channels])
-                    yield Shown(int(rows[i]), real, drawn, self._heat(found[-1]))
-
-
-def differences(
-    drawn: Iterable[tuple[patches.Patches, torch.Tensor, torch.Tensor]],
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """The position of each picture and its difference from G(z) (height, width), stitched from what `latents.drawn`
-    yields of a set that was searched."""
-    stitching = patches.Stitching()
-    for some, x, generated in drawn:
-        for row, (of_picture,) in stitching.add(some, heatmaps.difference(x, generated)):
-            yield row, of_picture
+                yield Shown(
+                    row=int(rows[i]),
+                    real=heatmaps.to_rgb(found[:channels]),
+                    generated=None if generated is None else heatmaps.to_rgb(found[channels : 2 * channels]),
+                    heat=None if self.map is None else self._heat(found[-1]),
+                )
 
 
 def heat_map(of_picture: torch.Tensor, side: int, usual: heatmaps.Usual | None, is_among: bool = False) -> np.ndarray:
-    """The heat map (height, width) of a picture from its difference: smoothed, and relative to what is usual."""
+    """The heat map (height, width) of a picture from its stitched map: smoothed, and relative to what is usual."""
     heat = heatmaps.smoothed(of_picture, side)
     return heat if usual is None else usual.relative(heat, is_among)
 
@@ -159,7 +181,9 @@ def score_run(
         print("without difference maps, since these images were not searched: fit_latent.py does it")
     scored: dict[str, ScoredSplit] = {}
     stride = _stride(gan, loaded, normals)
-    usual = _usual(gan, image_sets["validation"], loaded, request) if normals is None else normals.usual
+    maps = list(dict.fromkeys(score.map for score in present if score.map is not None))
+    usual = _usual(gan, image_sets["validation"], loaded, maps, stride, request) if normals is None else normals.usual
+    shown = next((score.map for score in present if score.name == request.score), None) or next(iter(maps), None)
     for split, image_set in image_sets.items():
         found = loaded[LATENTS][split] if LATENTS in loaded else None
         searched = stride if found is None else found
@@ -181,6 +205,9 @@ def score_run(
             patch_counts=patch_counts,
             stride=stride,
             usual=usual,
+            map=shown,
+            loaded=None if shown is None else loaded[shown.source],
+            split=split,
         )
     most = scored["validation"].patch_counts.max() if normals is None else normals.most_patches
     for split, each in scored.items():
@@ -204,29 +231,43 @@ def _name_others(split: str, scored: ScoredSplit, most: int) -> None:
             "most): of more patches the worst are worse even without a defect, and more of these pictures can be "
             "flagged than --alpha says"
         )
-    if scored.usual is None:
+    if not scored.usual:
         return
-    height, width = scored.usual.total.shape
+    height, width = next(iter(scored.usual.values())).total.shape  # the same for every map
     others = np.flatnonzero((scored.seen_size != (height, width)).any(1))
     if len(others) > 0:
         one = "x".join(map(str, scored.seen_size[others[0]][::-1]))
         print(
             f"{split}: {len(others)} of {len(scored.images)} pictures have another size than the validation pictures, "
             f"such as {printable(scored.images.source[others[0]])} ({one}, not {width}x{height}): what is usual at a "
-            "place does not hold for them, so do not judge them by peak"
+            "place does not hold for them, so do not judge them by the largest value of a heat map"
         )
 
 
 def _usual(
-    gan: runs.TrainedGAN, validation: images.ImageSet, loaded: dict[Source, Any], request: Request
-) -> heatmaps.Usual | None:
-    """What the search leaves of the validation images at each place; None where there is none, see `heatmaps.usual`."""
-    if LATENTS not in loaded:
-        return None
-    found = loaded[LATENTS]["validation"]
-    drawn = latents.drawn(gan, validation, found, request.batch_size, request.skip_unreadable)
-    heats = (heatmaps.smoothed(of_picture, gan.image_size) for _, of_picture in differences(drawn))
-    return heatmaps.usual(heats, gan.image_size)
+    gan: runs.TrainedGAN,
+    validation: images.ImageSet,
+    loaded: dict[Source, Any],
+    maps: Sequence[HeatMap],
+    stride: int | None,
+    request: Request,
+) -> UsualByMap:
+    """What the maps of the validation images have at each place, where there is something usual: `heatmaps.usual`."""
+    searched = loaded[LATENTS]["validation"] if LATENTS in loaded else stride
+    found = {}
+    for each in maps:
+        stitching = patches.Stitching()
+        heats = (
+            heatmaps.smoothed(of_picture, gan.image_size)
+            for some, x, generated in latents.drawn(
+                gan, validation, searched, request.batch_size, request.skip_unreadable
+            )
+            for _, (of_picture,) in stitching.add(
+                some, each.function(loaded[each.source], Batch("validation", some, x, generated))
+            )
+        )
+        found[each.name] = heatmaps.usual(heats, gan.image_size)
+    return {name: usual for name, usual in found.items() if usual is not None}
 
 
 def _stride(gan: runs.TrainedGAN, loaded: dict[Source, Any], normals: "Normals | None") -> int | None:
@@ -310,7 +351,7 @@ def _score_batches(
     split: str,
     loaded: dict[Source, Any],
     present: list[Score],
-    usual: heatmaps.Usual | None,
+    usual: UsualByMap,
     drawn: Iterator[tuple[patches.Patches, torch.Tensor, torch.Tensor | None]],
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The scores that are worked out from a split's images, which come as `latents.drawn` yields them: each (N,).
@@ -318,11 +359,12 @@ def _score_batches(
     Also returns the position, height and width of the picture of each patch (P, 3), of those that could be read. Raises
     InputError if there are none.
     """
-    direct = [score for score in present if not score.parts and score.of != "map"]
-    of_maps = [score for score in present if score.of == "map"]
+    direct = [score for score in present if not score.parts and score.map is None]
+    of_maps = [score for score in present if score.map is not None]
     values: dict[str, list[np.ndarray]] = {score.name: [] for score in direct if score.pooled_of is None}
     by_name: dict[str, Any] = {score.name: [] for score in of_maps}
-    seen, stitching = [np.empty((0, 3), np.int64)], patches.Stitching()
+    seen = [np.empty((0, 3), np.int64)]
+    stitchings = {score.map: patches.Stitching() for score in of_maps}
     for some, x, generated in drawn:
         seen.append(np.column_stack([some.row, some.size]))
         batch = Batch(split, some, x, generated)
@@ -330,11 +372,12 @@ def _score_batches(
             if score.pooled_of is None:
                 of_batch = score.function(loaded[score.source], batch)
                 values[score.name].append(of_batch.cpu().numpy() if isinstance(of_batch, torch.Tensor) else of_batch)
-        if of_maps:
-            for _, of_picture in stitching.add(some, heatmaps.difference(x, generated)):
-                heat = heat_map(of_picture[0], x.shape[-1], usual, is_among=split == "validation")
+        for each, stitching in stitchings.items():
+            for _, (of_picture,) in stitching.add(some, each.function(loaded[each.source], batch)):
+                heat = heat_map(of_picture, x.shape[-1], usual.get(each.name), is_among=split == "validation")
                 for score in of_maps:
-                    by_name[score.name].append(score.function(loaded[score.source], heat))
+                    if score.map is each:
+                        by_name[score.name].append(score.function(heat))
     seen = np.concatenate(seen)
     if len(seen) == 0:
         raise InputError(f"none of the images of the split {split} can be read")
@@ -353,7 +396,7 @@ class Normals:
 
     scores: dict[str, np.ndarray]  # of the validation images, (V,) each by name
     stride: int | None  # of the patches that they are of, see `ScoredSplit`
-    usual: heatmaps.Usual | None  # what their heat maps are relative to
+    usual: UsualByMap
     most_patches: int  # that one of them has
 
 
@@ -362,8 +405,9 @@ def keep_normals(validation: ScoredSplit) -> None:
     gan, rests_on = validation.gan, json.dumps(fingerprints({"validation": validation}))
     about = {"index": validation.images.index, "split": "validation", "gan": gan.fingerprint, "rests_on": rests_on}
     about |= {"stride": json.dumps(validation.stride), "most_patches": validation.patch_counts.max()}
-    if validation.usual is not None:
-        about |= {f"usual_{name}": np.array(getattr(validation.usual, name)) for name in USUAL}
+    about["maps"] = json.dumps(list(validation.usual))
+    for name, usual in validation.usual.items():
+        about |= {f"{name}_usual_{each}": np.array(getattr(usual, each)) for each in USUAL}
     files.write_arrays(gan.run_dir / NORMALS, **validation.scores, **about)
 
 
@@ -387,12 +431,14 @@ def scores_of_normals(gan: runs.TrainedGAN, declared: Sequence[Score], request: 
             rests_on = json.loads(str(kept["rests_on"]))
             names = {score.source.file.format(split="validation") for score in there}
             is_current = all(rests_on.get(name) == files.fingerprint(gan.run_dir / name) for name in names)
-            is_whole = all(name in kept for name in ("stride", "most_patches", *(score.name for score in there)))
+            is_whole = all(
+                name in kept for name in ("stride", "most_patches", "maps", *(score.name for score in there))
+            )
             if is_current and is_whole and _has_images(gan, kept["index"]):
-                usual = None
-                if "usual_count" in kept:
-                    count, total, squares = (kept[f"usual_{name}"] for name in USUAL)
-                    usual = heatmaps.Usual(gan.image_size, int(count), total, squares)
+                usual = {}
+                for name in json.loads(str(kept["maps"])):
+                    count, total, squares = (kept[f"{name}_usual_{each}"] for each in USUAL)
+                    usual[name] = heatmaps.Usual(gan.image_size, int(count), total, squares)
                 by_name, stride = {s.name: kept[s.name] for s in there}, json.loads(str(kept["stride"]))
                 return Normals(by_name, stride, usual, int(kept["most_patches"]))
     if not runs.data_is_there(gan):

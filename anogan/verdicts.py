@@ -87,7 +87,7 @@ class Verdict:
     level: float  # of a heat map: at most a share alpha of normals has a pixel that passes it
     brightest: float  # the difference from which on a heat map has its brightest colour
     normals: int  # how many validation normals it compares with
-    unit: tuple[float, str] = heatmaps.unit(normalise=False, is_relative=False)  # of the level, see there
+    unit: tuple[float, str] = heatmaps.unit(normalise=False)  # of the level, see there
 
     @property
     def level_in_words(self) -> str:
@@ -101,12 +101,12 @@ def decide(
 ) -> Verdict:
     """P-values and flags of a score, all from the scores of validation normals alone, (V,) each by name.
 
-    Flags are those of `flags`; with `fdr` no threshold belongs to them. Where nothing was searched, nothing is marked.
+    Flags are those of `flags`; with `fdr` no threshold belongs to them. Without a heat map nothing is marked.
     """
     one = next(iter(scored.values()))
-    level = threshold(normals["peak"], alpha) if "peak" in normals else math.inf
-    # by the level, not by the largest difference of any normal: a single odd picture would make every other map black
-    largest = float(normals["peak"].max()) if "peak" in normals else 1.0
+    level, largest = math.inf, 1.0
+    if one.map is not None:
+        level, largest = threshold(normals[one.peak], alpha), float(normals[one.peak].max())
     p_value = {name: p_values(split.scores[score], normals[score]) for name, split in scored.items()}
     return Verdict(
         score=score,
@@ -116,9 +116,10 @@ def decide(
         p_value=p_value,
         flagged={name: flags(values, alpha, fdr) for name, values in p_value.items()},
         level=level,
+        # not by the largest heat of any normal: a single odd picture would make every other map black
         brightest=2 * level if math.isfinite(level) else largest,
         normals=len(normals[score]),
-        unit=heatmaps.unit(one.gan.normalise, one.usual is not None),
+        unit=(1.0, "") if one.map is None else one.unit,
     )
 
 

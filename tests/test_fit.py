@@ -107,7 +107,7 @@ def find(run_dir: Path, level: float) -> tuple[dict[str, Found], dict]:
     """What was found in every test picture, by source; and the pixel figures."""
     gan = runs.load_gan(run_dir, torch.device("cpu"))
     request = scoring.Request("peak", True, 64, False)
-    normals = scoring.Normals({}, None, usual=None, most_patches=99)  # so that the heat is the difference itself
+    normals = scoring.Normals({}, None, usual={}, most_patches=99)  # so that the heat is the difference itself
     test = scoring.score_run(gan, {"test": runs.open_split(gan, "test")}, scores.SEARCH, request, normals)["test"]
     judge.mark_pictures(run_dir, test, SimpleNamespace(level=level, brightest=1.0))
     found = {}

@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, ImageFilter, ImageOps
 from anogan import heatmaps, images, loading, masks, report, runs, verdicts
 from anogan.decoding import View
 from anogan.metrics import pixel_figures, pixel_metrics
+from anogan.scores import DIFFERENCE
 from util import InputError
 
 CPU = ["--device", "cpu", "--bootstrap", "5"]
@@ -268,7 +269,8 @@ def test_images_without_a_mask_are_left_out_and_counted(tmp_path: Path) -> None:
         is_anomaly=class_name != "good",
         class_name=class_name,
         heats=heats,
-        usual=None,
+        usual={},
+        map=DIFFERENCE,
     )
     threshold = {"alpha": 0.05, "validation_images": 4}
     found = pixel_metrics(split, 0.2)

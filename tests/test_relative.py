@@ -56,7 +56,7 @@ def test_black_bars_are_not_part_of_the_contrast(fails: Callable[..., str]) -> N
 
 def test_relative_heats_keep_their_order() -> None:
     heats = np.float32([-900, -3, -0.5, 0, 0.01, 1, 5, 5.01, 900])
-    found = metrics.from_0_to_1(heats)
+    found = metrics.from_0_to_1(heats, 5)
     assert (np.diff(found) > 0).all() and found[0] > 0 and found[-1] < 1 and found[3] == 0.5 and found[6] == 0.75
 
 
@@ -64,7 +64,7 @@ def test_pictures_of_another_size_are_named(capsys: pytest.CaptureFixture[str]) 
     """There is no usual at a place for them, so that an edge of theirs passes for a defect."""
     usual = heatmaps.usual([np.ones((40, 60), np.float32)] * 20, 32)
     scored = SimpleNamespace(
-        usual=usual,
+        usual={"difference": usual},
         patch_counts=np.array([6, 6, 4]),
         seen_size=np.array([[40, 60], [40, 60], [60, 40]]),
         images=images.ImageSet("made", [], np.arange(3), np.zeros(3), np.array(["a", "b", "c"]), None),
@@ -74,7 +74,7 @@ def test_pictures_of_another_size_are_named(capsys: pytest.CaptureFixture[str]) 
     assert printed.startswith(
         "test: 1 of 3 pictures have another size than the validation pictures, such as c (40x60, "
     )
-    scoring._name_others("test", replace_in(scored, usual=None), 5)
+    scoring._name_others("test", replace_in(scored, usual={}), 5)
     assert "test: 2 of 3 pictures are larger than every validation picture, such as a (6 p" in capsys.readouterr().out
 
 

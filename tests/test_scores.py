@@ -225,8 +225,8 @@ def test_peak_by_hand(digits_workdir: Path) -> None:
         assert len(peaks) >= 20
         np.testing.assert_allclose(peaks, values, rtol=1e-3)
     kept = np.load(run_dir / "validation-scores.npz")  # for pictures without labels
-    np.testing.assert_allclose(kept["usual_total"], validation.sum(0), rtol=1e-4)
-    assert kept["usual_count"] == len(validation)
+    np.testing.assert_allclose(kept["difference_usual_total"], validation.sum(0), rtol=1e-4)
+    assert kept["difference_usual_count"] == len(validation)
 
 
 def test_the_verdict_may_rest_on_any_score(
