@@ -9,7 +9,7 @@ Writes scores.csv, metrics.json, report.html and five pictures to the run folder
 heat maps and marked pictures to images-<name of the folder>/ in it. A high score means anomalous, for every score.
 Scores that look at G(z) need fit_latent.py; the others also work on a run that was never searched.
 
-Measured: `make demo` (digits, 1 is normal, seed 0): A(x) has a ROC-AUC of 0.994 [0.989, 0.999] in fp32, on one thread
+Measured: `make demo` (digits, 1 is normal, seed 0): A(x) has a ROC-AUC of 0.994 [0.988, 0.998] in fp32, on one thread
 of an AMD EPYC without AVX-512.
 """
 
