@@ -8,7 +8,6 @@ import runpy
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,8 +18,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+from matplotlib.figure import Figure
+from PIL import Image
 
-from anogan import plots
+from anogan import files, plots
 from network import Discriminator, Generator
 
 ROOT = Path(__file__).parent.parent
@@ -38,18 +40,11 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["conftest", "evaluate", "sklearn.datasets", "sklearn.model_selection"])
 
 
-def shell_command(script: str, *arguments: str, processes: int = 1) -> list[str]:
-    """What a person types: python script ..., or torchrun ... script ... for several processes.
-
-    A script is a file of the repository, or a module such as detectors.rotnet, which python -m runs.
-    """
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    target = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
-    return [sys.executable, *(torchrun if processes > 1 else []), *target, *arguments]
-
-
 def run_main(script: str, *arguments: str) -> None:
-    """Run a script or a module from its first line to its last inside this process."""
+    """Run a script or a module from its first line to its last inside this process.
+
+    A script is a file of the repository; a module, such as detectors.rotnet, is what python -m runs.
+    """
     sys.argv = [script, *arguments]
     if script.endswith(".py"):
         runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -57,12 +52,6 @@ def run_main(script: str, *arguments: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the module may have been imported here before
         runpy.run_module(script, run_name="__main__")
-
-
-def run_process(cwd: Path, script: str, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess:
-    """Run a script as a shell does, or several processes of it under torchrun, with `cwd` as the working directory."""
-    command = shell_command(script, *arguments, processes=processes)
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
 @dataclass(frozen=True)
@@ -91,17 +80,21 @@ def start(
     largest_file: int | None = None,
     environment: dict[str, str] | None = None,
 ) -> Started:
-    """Start a script in `cwd`. It cannot write files larger than `largest_file` bytes, as if the disk were full."""
+    """Start a script in `cwd`. It cannot write files larger than `largest_file` bytes, as if the disk were full.
+
+    It leaves figures blank where this process does, see `undrawn`.
+    """
     handle, output = tempfile.mkstemp(dir=cwd.parent, prefix="output-")
     os.close(handle)
     command = [script, *arguments]
-    process = SERVER.Process(target=_be_script, args=(cwd, output, command, largest_file, environment or {}))
+    is_blank = plots.save is leave_blank
+    process = SERVER.Process(target=_be_script, args=(cwd, output, command, largest_file, environment or {}, is_blank))
     process.start()
     return Started(process, Path(output))
 
 
-def run_together(cwd: Path, *command: str, by_rank: tuple[list[str], list[str]] = ([], [])) -> list[tuple[int, str]]:
-    """Run a script in two processes with what torchrun tells its own: exit code and what was printed, by rank.
+def start_together(cwd: Path, *command: str, by_rank: tuple[list[str], list[str]] = ([], [])) -> list[Started]:
+    """Start a script in two processes with what torchrun tells its own, by rank.
 
     `by_rank` are further arguments of each. Unlike torchrun this takes no time to import torch, and when one process
     ends the other is left to notice.
@@ -110,18 +103,24 @@ def run_together(cwd: Path, *command: str, by_rank: tuple[list[str], list[str]] 
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    started = [
+    return [
         start(cwd, *command, *more, environment=group | {"TORCHELASTIC_RUN_ID": "1", "RANK": r, "LOCAL_RANK": r})
         for r, more in zip("01", by_rank, strict=True)
     ]
-    return [each.end() for each in started]
+
+
+def run_together(cwd: Path, *command: str, by_rank: tuple[list[str], list[str]] = ([], [])) -> list[tuple[int, str]]:
+    """Run a script in two processes, see `start_together`: exit code and what was printed, by rank."""
+    return [each.end() for each in start_together(cwd, *command, by_rank=by_rank)]
 
 
 def _be_script(
-    cwd: Path, output: str, command: list[str], largest_file: int | None, environment: dict[str, str]
+    cwd: Path, output: str, command: list[str], largest_file: int | None, environment: dict[str, str], is_blank: bool
 ) -> None:
     os.chdir(cwd)
     os.environ |= environment
+    if is_blank:
+        plots.save = leave_blank
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), stream.fileno())
         stream.reconfigure(line_buffering=True)
@@ -130,6 +129,36 @@ def _be_script(
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would be started deaf to it
     multiprocessing.set_start_method(None, force=True)  # the platform's own again, not that of the server
     run_main(*command)
+
+
+def leave_blank(figure: Figure, path: Path) -> None:
+    """Write one pixel where `plots.save` draws a figure."""
+    with files.replacing(path) as partial:
+        Image.new("L", (1, 1)).save(partial, "PNG")
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made, and stay blank: to draw those that no one looks at takes half the time of a short training."""
+    monkeypatch.setattr(plots, "save", leave_blank)
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder of this name, which the first process of pytest-xdist that asks for it makes for all.
+
+    No test may write to it, nor run a script on it, which would lock it.
+    """
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # of all processes
+    folder, done = root / name, root / f"{name}.done"
+    with FileLock(root / f"{name}.lock"):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # what a fault left
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
 
 
 class Batches:
@@ -177,8 +206,12 @@ def fails(run_here: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture(scope="session")
 def digits_workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory in which the three scripts ran on `digits`, each as its own process."""
-    workdir = tmp_path_factory.mktemp("digits")
+    """A working directory in which the three scripts ran on `digits`, each as its own process. See `made_once`."""
+    return made_once(tmp_path_factory, "digits", run_on_digits)
+
+
+def run_on_digits(workdir: Path) -> None:
+    """The three scripts and every detector."""
     for command in (
         "train_gan.py --dataset digits --normal-class 0 --epochs 3 --generator-steps 3 --checkpoint-every 10 "
         + " ".join(TINY),
@@ -192,7 +225,6 @@ def digits_workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         code, printed = start(workdir, *command.split()).end()
         assert code == 0, printed
-    return workdir
 
 
 @pytest.fixture

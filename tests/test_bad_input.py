@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -10,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, run_process
+from conftest import ROOT, TINY
 from test_util import draw, folder
 
 from anogan.images import open_split
@@ -20,7 +22,8 @@ TRAIN = ["train_gan.py", "--epochs", "1", *TINY]
 
 
 def test_one_line_and_exit_code_from_the_shell(tmp_path: Path) -> None:
-    done = run_process(tmp_path, "train_gan.py", "--dataset", "nowhere")
+    command = [sys.executable, str(ROOT / "train_gan.py"), "--dataset", "nowhere"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.strip().splitlines() == [done.stderr.strip()]
     assert "unknown dataset 'nowhere'" in done.stderr and "digits" in done.stderr
@@ -231,6 +234,7 @@ def test_latents_that_are_not_finite(trained: Path, fails: Fails, spoil: float) 
     assert "not finite" in fails("evaluate.py")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_images_changed_since_the_search(
     tmp_path: Path, fails: Fails, run_here: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -247,6 +251,7 @@ def test_images_changed_since_the_search(
     assert "are not those of gan.pt" in message and "some were added, removed, renamed or replaced" in message
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_images_to_search_that_cannot_be_read(tmp_path: Path, fails: Fails, run_here: Callable[..., None]) -> None:
     root = folder(tmp_path / "set", {"train/good": 10, "test/good": 2})
     run_here(*TRAIN, "--dataset", "set", "--normal-class", "good")
@@ -267,6 +272,7 @@ def test_images_to_search_that_cannot_be_read(tmp_path: Path, fails: Fails, run_
     assert not shards.exists() and len(np.load(tmp_path / "outputs/set-good/latents-test.npz")["z"]) == 2
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_test_split_of_one_kind(tmp_path: Path, fails: Fails, run_here: Callable[..., None]) -> None:
     folder(tmp_path / "set", {"train/good": 10, "test/good": 2})
     run_here(*TRAIN, "--dataset", "set", "--normal-class", "good")

@@ -109,8 +109,8 @@ def test_scores_are_those_of_the_images_that_were_searched(digits_workdir: Path)
         (["--seed", "9999999999"], "--seed must be below 2**32"),
     ],
 )
-def test_wrong_flags(digits_workdir: Path, fails: Callable[..., str], flags: list[str], words: str) -> None:
-    assert words in fails("detectors.baselines", "--run-dir", str(digits_workdir / "outputs/digits-0"), *flags)
+def test_wrong_flags(trained: Path, fails: Callable[..., str], flags: list[str], words: str) -> None:
+    assert words in fails("detectors.baselines", *flags)
 
 
 def test_spoilt_and_missing_files(digits_workdir: Path, tmp_path: Path, fails: Callable[..., str]) -> None:

@@ -24,6 +24,8 @@ from benchmarks import comparators
 from detectors import acae, baselines, f_anogan
 from network import Discriminator, Encoder, Generator, initialise_weights
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 CPU = torch.device("cpu")
 
 
@@ -102,9 +104,9 @@ def test_acae_overfits_eight_images() -> None:
     torch.manual_seed(0)
     autoencoder = nn.Sequential(Encoder(32, 1, 8, 8), Generator(32, 1, 8, 8)).apply(initialise_weights)
     discriminator = Discriminator(32, 1, 8).apply(initialise_weights)
-    config = acae.Config(lr=1e-3)
+    config = acae.Config(lr=3e-3)
     optimizers = [loop.prepare(network, config, CPU) for network in (autoencoder, discriminator)]
-    batches = Batches([x] * 600)
+    batches = Batches([x] * 300)
     acae.train(batches, autoencoder, discriminator, optimizers, l1_weight=100.0)
     runs.freeze(autoencoder, CPU)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in autoencoder.modules())
@@ -227,27 +229,28 @@ def test_two_processes_average_their_gradients(trained: Path) -> None:
 def test_search_from_the_encoder(trained: Path, run_here: Callable[..., None], fails: Callable[..., str]) -> None:
     """It starts at E(x), and ends at most 2% above the search from the nearest candidate, in the mean."""
     gan = runs.load_gan(trained, CPU)
-    run_here("detectors.f_anogan", "--epochs", "40", "--fresh", "--device", "cpu")
+    run_here("detectors.f_anogan", "--epochs", "10", "--fresh", "--device", "cpu")
 
     def search(*flags: str) -> dict:
         run_here("fit_latent.py", "--splits", "test", "--max-images", "60", "--device", "cpu", *flags)
         return latents.read_latents(trained / "latents-test.npz", "test", gan)
 
-    test = open_split("digits", "test", "0").take(search("--init", "encoder", "--lr", "0")["index"])
-    x = to_model(load_images(test, View(32, 1))[0])
-    start = f_anogan.load(gan).network(x)
-    np.testing.assert_allclose(search("--init", "encoder", "--lr", "0")["z"], start, atol=1e-5)
+    at_start = search("--init", "encoder", "--lr", "0", "--steps", "1")
+    x = to_model(load_images(open_split("digits", "test", "0").take(at_start["index"]), View(32, 1))[0])
+    np.testing.assert_allclose(at_start["z"], f_anogan.load(gan).network(x), atol=1e-5)
 
-    candidates, encoder = search(), search("--init", "encoder")
+    candidates, encoder = search("--steps", "50"), search("--init", "encoder", "--steps", "50")
     assert "encoder" in encoder["search"] and "encoder" not in candidates["search"]
     loss = [util.anomaly_score(each["residual"], each["discrimination"], 0.1).mean() for each in (encoder, candidates)]
     assert loss[0] < 1.02 * loss[1]
     # a threshold from one search does not fit the scores of another, whichever it is
-    run_here("fit_latent.py", "--splits", "validation", "--max-images", "60", "--device", "cpu")
+    search("--init", "encoder", "--steps", "1")
+    fit = ["fit_latent.py", "--steps", "1", "--device", "cpu"]
+    run_here(*fit, "--splits", "validation", "--max-images", "60")
     assert "fitted with different settings (encoder)" in fails("evaluate.py", "--device", "cpu")
-    run_here("fit_latent.py", "--splits", "validation", "--max-images", "60", "--init", "encoder", "--device", "cpu")
-    assert "use the same (--init encoder) for --images" in fails("fit_latent.py", "--images", "mine", "--device", "cpu")
-    search()
+    run_here(*fit, "--splits", "validation", "--max-images", "60", "--init", "encoder")
+    assert "use the same (--init encoder) for --images" in fails(*fit, "--images", "mine")
+    search("--steps", "1")
     assert "fitted with different settings (encoder)" in fails("evaluate.py", "--device", "cpu")
 
 

@@ -19,6 +19,8 @@ from anogan.images import open_pictures
 from anogan.loading import find_levels, load_images
 from util import InputError
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 GREY = View(32, 1)
 
 

@@ -21,6 +21,8 @@ from anogan.images import class_label, default_class, open_dataset, open_picture
 from detectors import rotnet
 from util import InputError
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 CPU = ["--device", "cpu"]
 QUICK = ["--epochs", "1", *TINY]
 FIT = ["fit_latent.py", "--steps", "2", *CPU]

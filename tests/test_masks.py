@@ -320,6 +320,7 @@ def draw_data_set(root: Path) -> None:
     Image.fromarray(np.roll(shape, -25, 1)).save(truth / "003_mask.png")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_scores_come_whatever_the_masks_are(
     tmp_path: Path, run_here: Callable[..., None], fails: Callable[..., str], capsys: pytest.CaptureFixture
 ) -> None:

@@ -27,7 +27,9 @@ def test_the_notebook_runs_from_its_own_folder(tmp_path: Path, monkeypatch: pyte
     for shown, here in {
         "outputs/digits-1-notebook": run_dir.as_posix(),
         "epochs=105": "epochs=2",
-        "steps=100": "steps=2",
+        "ngf=16": "ngf=4",
+        "ndf=16": "ndf=4",
+        "steps=100": "steps=2, candidates=100, max_images=60",
         "alpha=0.1": "alpha=0.1, bootstrap=20",
     }.items():
         assert text.count(shown) == 1, f"{shown} must stand once in the notebook, or this test runs all of it"

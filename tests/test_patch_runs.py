@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, read_scores, run_together, start
+from conftest import TINY, made_once, read_scores, run_together, start
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from sklearn.decomposition import PCA
@@ -35,6 +35,8 @@ from anogan import heatmaps, images, latents, plots, reconstruction, runs, score
 from anogan.scoring import ScoredSplit
 from detectors import acae, f_anogan, rotnet
 from util import InputError
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 Run = Callable[..., None]
 Fails = Callable[..., str]
@@ -78,7 +80,11 @@ def draw_set(root: Path) -> None:
 @pytest.fixture(scope="session")
 def patch_workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory in which every script ran on patches, each as its own process. outputs/whole sees none."""
-    workdir = tmp_path_factory.mktemp("patches")
+    return made_once(tmp_path_factory, "patches", run_on_patches)
+
+
+def run_on_patches(workdir: Path) -> None:
+    """A small training of whole pictures, and of patches all that there is."""
     draw_set(workdir / "set")
     train = ["train_gan.py", "--dataset", "set", *TINY]
     for command in (
@@ -96,7 +102,6 @@ def patch_workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         more = [] if command[0] == "train_gan.py" else ["--run-dir", str(RUN)]
         finish(workdir, [*command, *more])
-    return workdir
 
 
 @pytest.fixture
@@ -104,6 +109,12 @@ def run_dir(patch_workdir: Path, tmp_path: Path) -> Path:
     """A copy of that run, in `tmp_path`, next to a copy of its set's new/."""
     shutil.copytree(patch_workdir / "set/new", tmp_path / "set/new")
     return shutil.copytree(patch_workdir / RUN, tmp_path / RUN)
+
+
+@pytest.fixture
+def whole_dir(patch_workdir: Path, tmp_path: Path) -> Path:
+    """A copy of the run that sees no patches."""
+    return shutil.copytree(patch_workdir / "outputs/whole", tmp_path / "whole")
 
 
 def test_pictures_larger_than_the_normals_are_named(run_dir: Path, run_here: Run, capsys: Captured) -> None:
@@ -166,7 +177,9 @@ def test_latents_are_of_the_grid_and_of_their_patches(patch_workdir: Path) -> No
                 np.testing.assert_allclose(found[name][own], difference.abs().sum((1, 2, 3)), rtol=1e-4)
 
 
-def test_strides(run_dir: Path, patch_workdir: Path, run_here: Run, fails: Fails, capsys: Captured) -> None:
+def test_strides(
+    run_dir: Path, whole_dir: Path, patch_workdir: Path, run_here: Run, fails: Fails, capsys: Captured
+) -> None:
     """Another one is searched again, any that leaves pixels out is refused, and so is one for whole pictures."""
     sizes = [pixels_of(patch_workdir / "set", source).shape for source in of_split(run_dir, "validation")["source"]]
     few = [*FIT, "--run-dir", str(RUN), "--steps", "1"]
@@ -186,7 +199,7 @@ def test_strides(run_dir: Path, patch_workdir: Path, run_here: Run, fails: Fails
     assert "the validation images were searched with stride 8: use the same for --images" in message
     message = fails(*EVALUATE, "--run-dir", str(RUN))
     assert "validation and test were fitted with different settings (steps, stride)" in message
-    whole = fails(*few, "--run-dir", str(patch_workdir / "outputs/whole"), "--stride", "16")
+    whole = fails(*few, "--run-dir", str(whole_dir), "--stride", "16")
     assert "--stride is for a GAN of patches" in whole
 
 
@@ -480,8 +493,8 @@ def test_a_copied_run_judges_without_its_data_set(
     assert "the data set of this run is not in /not/here" in fails(*EVALUATE)
 
 
-def test_a_score_of_all_patches_needs_patches(run_dir: Path, patch_workdir: Path, fails: Fails) -> None:
-    message = fails(*EVALUATE, "--score", "anomaly_score_mean", "--run-dir", str(patch_workdir / "outputs/whole"))
+def test_a_score_of_all_patches_needs_patches(whole_dir: Path, fails: Fails) -> None:
+    message = fails(*EVALUATE, "--score", "anomaly_score_mean", "--run-dir", str(whole_dir))
     assert "there is no score anomaly_score_mean here: it is of a GAN of patches, and this one sees none" in message
 
 

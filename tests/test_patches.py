@@ -16,7 +16,7 @@ from conftest import TINY, run_together, start
 from PIL import Image
 from test_long_runs import assert_same_training
 
-from anogan import images, loading, loop, patches, pictures, plots, reconstruction, runs
+from anogan import images, loading, loop, patches, pictures, reconstruction, runs
 from anogan.decoding import View
 from anogan.pictures import Pictures
 
@@ -252,7 +252,7 @@ SMALL = 5000  # bytes of pictures in memory: two of them have more
 LAUNCH = """
 import os, signal, sys
 from conftest import run_main
-from anogan import files, loading, loop, pictures, plots
+from anogan import files, loading, loop, pictures
 
 def dying(function, calls):
     def call(*arguments, **options):
@@ -267,7 +267,6 @@ def one_by_one(batches, count, name="reading"):
     for batch in batches:
         yield dying_picture(batch)
 
-plots.save = lambda figure, path: None
 pictures.MEMORY, moment, *command = int(sys.argv[1]), *sys.argv[2:]
 dying_picture = dying(lambda batch: batch, 5)
 if moment == "step":
@@ -290,10 +289,9 @@ def noise(path: Path, size: tuple[int, int], seed: int, in_colour: bool = False)
 
 
 @pytest.fixture
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None) -> Path:
     """Ten grey pictures of several sizes in the folder `set`, all of which train."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "99")  # decodes in this process: to start others takes longer
-    monkeypatch.setattr(plots, "save", lambda figure, path: None)  # nobody looks at the figures
     for i in range(10):
         noise(tmp_path / f"set/train/good/{i}.png", (50 + 5 * i, 90 - 4 * i), i)
     noise(tmp_path / "set/validation/good/0.png", (64, 64), 11)

@@ -11,6 +11,8 @@ import pytest
 from anogan import report, verdicts
 from anogan.decoding import View
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def figures(roc_auc: float, half_width: float, **more: object) -> dict[str, object]:
     """What metrics.json has of one score."""

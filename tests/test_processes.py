@@ -2,17 +2,14 @@
 
 import copy
 import math
-import os
 import shutil
 import signal
-import subprocess
-import time
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, run_together, shell_command, start
+from conftest import ROOT, TINY, made_once, run_together, start, start_together
 from test_long_runs import assert_same_latents, assert_same_training
 from test_scripts import write_cifar10_archive
 from torch.nn.functional import logsigmoid
@@ -26,20 +23,23 @@ from network import Discriminator, Generator, initialise_weights
 
 TRAIN = ["train_gan.py", "--dataset", "digits", "--checkpoint-every", "25", "--precision", "fp32", *TINY]
 TRAIN += ["--batch-size", "8"]  # in each process
-FIT = ["fit_latent.py", "--splits", "test", "--steps", "60", "--max-images", "320", "--shard-size", "32"]
+FIT = ["fit_latent.py", "--splits", "test", "--steps", "40", "--max-images", "160", "--shard-size", "16"]
+FIT += ["--candidates", "200"]
 RUN = Path("outputs/digits-1")
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes that nothing disturbed."""
-    workdir = tmp_path_factory.mktemp("together")
-    for command in ([*TRAIN, "--epochs", "20"], FIT):
-        (code, first), (other_code, other) = run_together(workdir, *command)
-        assert code == other_code == 0, first + other
-        assert first.count("run: ") == first.count("next: ") == 1  # rank 0 alone prints ...
-        assert "run: " not in other and "%|" not in other and "Traceback" not in first + other  # ... and draws a bar
-    return workdir / RUN
+
+    def run(workdir: Path) -> None:
+        for command in ([*TRAIN, "--epochs", "10"], FIT):
+            (code, first), (other_code, other) = run_together(workdir, *command)
+            assert code == other_code == 0, first + other
+            assert first.count("run: ") == first.count("next: ") == 1  # rank 0 alone prints, and
+            assert "run: " not in other and "%|" not in other and "Traceback" not in first + other  # draws a bar
+
+    return made_once(tmp_path_factory, "together", run) / RUN
 
 
 def test_same_latents_from_one_process_or_two(together: Path, tmp_path: Path) -> None:
@@ -106,27 +106,14 @@ def test_gradients_are_averaged(tmp_path: Path) -> None:
             assert difference.mean() < 1e-5  # after 6 or 18 steps of 2e-4
 
 
-def start_together(cwd: Path, *command: str) -> subprocess.Popen:
-    """Start a script in two processes under torchrun."""
-    with (cwd / "output").open("w") as output:
-        return subprocess.Popen(shell_command(*command, processes=2), cwd=cwd, stdout=output, stderr=output)
-
-
-def children(process: subprocess.Popen) -> list[int]:
-    """The process numbers of what torchrun started, rank 0 first."""
-    return [int(number) for number in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds torchrun's processes in /proc")
 def test_a_rank_that_dies_costs_what_it_had_under_way(together: Path, tmp_path: Path) -> None:
     shutil.copytree(together, tmp_path / RUN, ignore=shutil.ignore_patterns("latents-*"))
     shards = tmp_path / RUN / "latents-test"
-    process = start_together(tmp_path, *FIT)
-    while len(list(shards.glob("0*.npz"))) < 3:
-        assert process.poll() is None, (tmp_path / "output").read_text()
-        time.sleep(0.01)
-    os.kill(children(process)[1], signal.SIGKILL)
-    assert process.wait() != 0
+    ranks = start_together(tmp_path, *FIT)
+    ranks[0].wait_for(lambda: len(list(shards.glob("0*.npz"))) >= 3)
+    ranks[1].process.kill()
+    ranks[0].process.terminate()  # as torchrun does
+    assert [each.end()[0] for each in ranks] == [-signal.SIGTERM, -signal.SIGKILL]
     done = {path: path.read_bytes() for path in shards.glob("0*.npz")}
     assert 3 <= len(done) < 10
     (code, printed), (other_code, _) = run_together(tmp_path, *FIT)
@@ -135,15 +122,16 @@ def test_a_rank_that_dies_costs_what_it_had_under_way(together: Path, tmp_path: 
 
 
 def test_training_together_goes_on_after_a_stop(together: Path, tmp_path: Path) -> None:
-    command = [*TRAIN, "--epochs", "20"]
-    process = start_together(tmp_path, *command)
-    while not (tmp_path / RUN / "gan.pt").exists():
-        assert process.poll() is None, (tmp_path / "output").read_text()
-        time.sleep(0.01)
-    process.terminate()  # torchrun passes it on to both
-    assert process.wait() != 0
+    command = [*TRAIN, "--epochs", "10"]
+    torchrun = start(
+        tmp_path, "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / command[0]), *command[1:]
+    )
+    torchrun.wait_for((tmp_path / RUN / "gan.pt").exists)
+    torchrun.process.terminate()  # torchrun passes it on to both
+    code, printed = torchrun.end()
+    assert code != 0
     step = torch.load(tmp_path / RUN / "gan.pt", weights_only=True)["step"]
-    assert 25 <= step < 120 and f"stopped after step {step} of 120" in (tmp_path / "output").read_text()
+    assert 25 <= step < 60 and f"stopped after step {step} of 60" in printed
     # other settings: one process sees other batches
     alone = start(tmp_path, *command).end()
     assert alone[0] == 1 and "processes 2, not 1" in alone[1]
@@ -170,6 +158,7 @@ def test_fault_of_one_rank(tmp_path: Path) -> None:
     assert "error: another process of this group has ended" in other
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_cifar10_in_two_processes(tmp_path: Path) -> None:
     """A data set that is downloaded: whoever opens a split must do it together with the other."""
     write_cifar10_archive(tmp_path / "data/cifar-10-python.tar.gz")

@@ -25,6 +25,8 @@ from detectors import rotnet as method
 from detectors.rotnet import RotNet
 from network import initialise_weights
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 CPU = torch.device("cpu")
 
 

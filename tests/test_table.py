@@ -55,15 +55,16 @@ def test_published_figures_have_their_published_mean() -> None:
         assert np.mean(list(of_class.values())) == pytest.approx(mean, abs=0.05)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_every_class_is_measured_once(
     tmp_path: Path, run_here: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder(tmp_path / "set", {"train/a": 10, "train/b": 10, "test/a": 4, "test/b": 4})
-    ran = []
+    ran, quick = [], {"fit_latent.py": ["--steps", "2"], "evaluate.py": ["--bootstrap", "5"]}
 
     def run(script: str, run_dir: Path, *flags: object) -> None:
         ran.append((script, run_dir.name))
-        run_here(script.removeprefix("-m "), "--run-dir", str(run_dir), *map(str, flags))
+        run_here(script.removeprefix("-m "), "--run-dir", str(run_dir), *map(str, flags), *quick.get(script, []))
 
     monkeypatch.setattr(cifar10_table, "run", run)
     monkeypatch.setattr(cifar10_table, "RESULTS", tmp_path)
@@ -95,6 +96,14 @@ def test_every_class_is_measured_once(
 
 
 def test_a_script_that_fails_ends_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(util.InputError, match=r"train_gan.py ended with 1, see above"):
-        cifar10_table.run("train_gan.py", tmp_path / "run", "--epochs", "0")
+    """Its imports come from the repository, whatever lies in the working directory."""
+    for place, code in (("repository", 3), ("here", 0)):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "util.py").write_text(f"CODE = {code}")
+    (tmp_path / "repository/train_gan.py").write_text("import sys, util; sys.exit(util.CODE * ('0' in sys.argv))")
+    monkeypatch.setattr(cifar10_table, "ROOT", tmp_path / "repository")
+    monkeypatch.chdir(tmp_path / "here")
+    for script in ("train_gan.py", "-m train_gan"):
+        cifar10_table.run(script, tmp_path / "run", "--epochs", "1")
+        with pytest.raises(util.InputError, match=f"{script} ended with 3, see above"):
+            cifar10_table.run(script, tmp_path / "run", "--epochs", "0")

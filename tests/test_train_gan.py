@@ -118,6 +118,7 @@ def read_losses(run_dir: Path) -> torch.Tensor:
         return torch.tensor([[float(value) for value in row[2:]] for row in list(csv.reader(file))[1:]])
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("flag", "tolerance"),
     [
@@ -171,6 +172,7 @@ def test_checkpoint_interval(text: str, seconds: float, steps: float) -> None:
     assert loop.checkpoint_interval(text) == (seconds, steps)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_learning_rate_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cosine from lr to 0 over 15 epochs, then over 30, stepped by fractions of an epoch."""
     seen = {}
@@ -204,6 +206,7 @@ def test_learning_rate_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert seen[epoch] == pytest.approx(lr)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_same_seed_same_weights(digits_workdir: Path, run_here: Callable[..., None]) -> None:
     run_here(
         "train_gan.py", "--dataset", "digits", "--normal-class", "0", "--epochs", "3", "--generator-steps", "3", *TINY
@@ -240,6 +243,7 @@ def test_reconstruction_check(digits_workdir: Path, tmp_path: Path, capsys: pyte
     assert explained[0] > 60 and explained[1] < 20
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_tensorboard_has_the_losses(
     tmp_path: Path, run_here: Callable[..., None], fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

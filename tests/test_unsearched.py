@@ -16,6 +16,8 @@ import fit_latent
 import train_gan
 from anogan import runs, scoring
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 NEED_Z = {"anomaly_score", "residual", "discrimination", "peak", "gan_r"}
 
 
