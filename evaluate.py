@@ -25,7 +25,7 @@ import tyro
 import util
 from anogan import files, images, judge, masks, metrics, plots, report, runs, scores, scoring, verdicts
 from anogan.scoring import ScoredSplit
-from detectors import acae, baselines, f_anogan, rotnet
+from detectors import acae, baselines, cutpaste, f_anogan, rotnet
 
 # Every score, in the order of tables and figures. To add a detector, add its scores here
 SCORES = (
@@ -33,6 +33,7 @@ SCORES = (
     *f_anogan.SCORES,
     *acae.SCORES,
     *rotnet.SCORES,
+    *cutpaste.SCORES,
     scores.GAN_R,
     *baselines.SCORES,
     rotnet.COMBINED,
@@ -127,7 +128,7 @@ def evaluate_splits(gan: runs.TrainedGAN, config: Config) -> dict[str, Any]:
     }
     if test.map is not None and masks.has_masks(gan.dataset):
         try:
-            measured["pixels"] = metrics.pixel_metrics(test, verdict.level)
+            measured["pixels"] = metrics.pixel_metrics(test, verdict.level, verdict.brightest / 2)
         except util.InputError as error:  # main raises it again, when all else is written
             measured["pixels"] = {"error": str(error)}
     files.write_json(run_dir / "metrics.json", measured)
@@ -146,6 +147,11 @@ def judge_pictures(gan: runs.TrainedGAN, config: Config) -> dict[str, dict[str, 
     pictures = images.open_pictures(config.images)
     # by default the score that the test images were judged by, so that what was measured is what is used
     before = files.read_json(gan.run_dir / "metrics.json").get("threshold", {}).get("score")
+    if config.score is None and before not in (None, *(score.name for score in scores.declared_for(gan, SCORES))):
+        raise util.InputError(
+            f"{gan.run_dir} was last judged by {before}, which is no score any more: run evaluate.py again, or name "
+            "one with --score"
+        )
     score = config.score or before or default_score(gan.run_dir)
     request = scoring.Request(score, True, config.batch_size, config.skip_unreadable)
     normals = scoring.scores_of_normals(gan, SCORES, request)

@@ -72,6 +72,8 @@ def search(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Minimise (1 - λ) R(z) + λ D(z) over z by Adam, equation 5 of Schlegl et al. 2017; with D̂(z) for D(z) it is GAN_R.
 
+    By default z stays in a ball, see `shorten`.
+
     x (N, C, H, W) in [-1, 1] and starting z (N, latent_dim) to the z found (N, latent_dim), its residual (N,) and its
     discrimination (N,). G and D must be frozen and in eval mode. Then no image sees another: BatchNorm uses its stored
     statistics, Adam's moments belong to single coordinates, and the gradient of a sum is each image's own. So a batch

@@ -81,6 +81,17 @@ def downward_ladder(
     return nn.Sequential(*layers)
 
 
+def rung_outputs(body: nn.Sequential, x: torch.Tensor) -> list[torch.Tensor]:
+    """What each rung of a `downward_ladder` puts out, from the widest image to the smallest: (N, ndf, 32, 32), ...,
+    (N, 8 ndf, 4, 4) at image_size 64."""
+    found = []
+    for layer in body:
+        if isinstance(layer, nn.Conv2d) and layer.stride == (2, 2):  # a rung ends where the next begins
+            found.append(x)
+        x = layer(x)
+    return [*found[1:], x]
+
+
 class Discriminator(nn.Module):
     """D: an image in [-1, 1] to one logit; sigmoid(logit) is D's probability that the image is real.
 

@@ -367,15 +367,20 @@ def evenly_spaced(length: int, count: int) -> np.ndarray:
 def to_model(images: torch.Tensor, device: torch.device | None = None, normalise: bool = False) -> torch.Tensor:
     """uint8 images (N, C, H, W) to float32 in [-1, 1], the range of G's tanh, on `device`.
 
-    With `normalise` each image minus its mean, over its standard deviation, of all its pixels and colours together: -1
-    and 1 are SPAN deviations, and what lies beyond is cut off. A deviation counts as FLOOR at least, or the noise of an
-    even surface would fill the range.
+    With `normalise` each image is `contrast_normalised`.
     """
     if device is not None and device.type == "cuda":
         images = images.pin_memory()  # so that the GPU need not be waited for
     x = images.to(device, non_blocking=True).float() / 127.5 - 1
-    if not normalise:
-        return x
+    return contrast_normalised(x) if normalise else x
+
+
+def contrast_normalised(x: torch.Tensor) -> torch.Tensor:
+    """Images (N, C, H, W) in [-1, 1], each minus its mean, over its standard deviation, of all its pixels and colours.
+
+    -1 and 1 are SPAN deviations, and what lies beyond is cut off. A deviation counts as FLOOR at least, or the noise of
+    an even surface would fill the range.
+    """
     mean, deviation = _mean_and_deviation(x)
     return ((x - mean) / (SPAN * deviation)).clamp(-1, 1)
 

@@ -171,7 +171,7 @@ def from_0_to_1(heat: np.ndarray, middle: float) -> np.ndarray:
     return (1 + heat / (np.abs(heat) + middle)) / 2
 
 
-def pixel_metrics(test: ScoredSplit, level: float) -> dict[str, Any]:
+def pixel_metrics(test: ScoredSplit, level: float, middle: float) -> dict[str, Any]:
     """`pixel_figures` of the test images' heat maps, at the pictures' own size, by the data set's masks.
 
     Anomalous images without a mask, or with an empty one, are left out: `with_mask` is the number of the others,
@@ -196,10 +196,11 @@ def pixel_metrics(test: ScoredSplit, level: float) -> dict[str, Any]:
             yield (heat if is_share else from_0_to_1(heat, middle)), mask
 
     is_share = test.map is DIFFERENCE and test.map.name not in test.usual  # of the range from black to white
-    is_finite = math.isfinite(level)
-    middle = level if is_finite and level > 0 else 5.0
-    passed = float(from_0_to_1(np.float32(level), middle)) if is_finite and not is_share else level
+    is_scaled = math.isfinite(level) and not is_share
+    passed = float(from_0_to_1(np.float32(level), middle)) if is_scaled else level
     figures = pixel_figures(heat_and_mask(), passed)
     without = Counter(test.class_name[test.is_anomaly & ~has_file].tolist())
     with_mask = int((test.is_anomaly & has_file).sum()) - len(empty)
-    return figures | {"with_mask": with_mask, "without_mask": dict(without), "empty_masks": empty}
+    return (
+        {"map": test.map.name} | figures | {"with_mask": with_mask, "without_mask": dict(without), "empty_masks": empty}
+    )

@@ -106,7 +106,7 @@ def strips(split: ScoredSplit, verdict: Verdict) -> Iterator[bytes]:
             of = shown.real, shown.generated, shown.heat
             panels = heatmaps.panels(*of, verdict.level, verdict.brightest, LONGEST)
         content = io.BytesIO()
-        Image.fromarray(np.concatenate(panels, 1)).save(content, "WEBP", quality=80)  # (H, W or 4 W, 3)
+        Image.fromarray(np.concatenate(panels, 1)).save(content, "WEBP", quality=80)  # (H, W, 3 W or 4 W, 3)
         yield content.getvalue()
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from torch import nn
 from anogan import files, images, pictures, processes
 from anogan.decoding import View
 from network import Discriminator, Generator, fold_batchnorm
-from util import InputError, quoted
+from util import InputError, full_precision, quoted
 
 
 @contextlib.contextmanager
@@ -288,6 +288,45 @@ def images_of_gan(gan: TrainedGAN, skip_unreadable: bool = False) -> pictures.Pi
     """
     found = load_training_images(open_split(gan, "train"), gan.view, gan.run_dir, skip_unreadable)
     return dataclasses.replace(found, augment=gan.augment)
+
+
+@torch.no_grad()
+def remembered(
+    gan: TrainedGAN,
+    name: str,
+    trained: Trained,
+    make: Callable[[Iterable[torch.Tensor]], dict[str, torch.Tensor]],
+    most: int,
+    training: pictures.Pictures | None = None,
+) -> dict[str, torch.Tensor]:
+    """What a detector makes of its training images or patches, `most` of them, evenly spaced if there are more.
+
+    `make` takes batches of (N, C, H, H) in [-1, 1]. What it returns is kept in <name>-normals.npz in the run folder, so
+    that the training images are needed once, by default read from the data set. It is made again for another
+    checkpoint. Raises InputError as `images_of_gan` does.
+    """
+    path = gan.run_dir / f"{name}-normals.npz"
+    kept = _read_normals(path, name, trained.fingerprint)
+    if kept is None:
+        training = images_of_gan(gan, skip_unreadable=True) if training is None else training
+        with full_precision():
+            made = make(map(gan.to_model, training.some(most).split(256)))
+        kept = {each: value.cpu().numpy() for each, value in made.items()}
+        files.write_arrays(path, **kept, **{name: trained.fingerprint})
+    return {each: torch.from_numpy(value).to(gan.device) for each, value in kept.items()}
+
+
+def _read_normals(path: Path, name: str, fingerprint: str) -> dict[str, np.ndarray] | None:
+    """What `remembered` has kept; None if nothing, or of another checkpoint, or if the file is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {each: file[each] for each in file.files}
+    except Exception as error:  # zipfile and numpy raise almost anything on damaged bytes
+        print(f"{path} is damaged ({error}): making it again")
+        return None
+    return arrays if str(arrays.pop(name, "")) == fingerprint else None
 
 
 def keep_place(run_dir: Path, dataset: str, training_images: str) -> None:

@@ -57,13 +57,14 @@ class Batch:
 class HeatMap:
     """A map of where pictures are unusual, declared once: what it is called, what it needs, how it is worked out.
 
-    `function` takes what `source.load` returned and a Batch to (N, 1, H, H), from 0 up. The maps of a picture's patches
+    `function` takes what `source.load` returned, x (N, C, H, H) and G(z), which is None where nothing was searched, to
+    (N, 1, H, H), from 0 up. The maps of a picture's patches
     are stitched and smoothed, and compared with what is usual at each place, see `heatmaps`.
     """
 
     name: str
     source: Source
-    function: Callable[[Any, Batch], torch.Tensor]
+    function: Callable[[Any, torch.Tensor, torch.Tensor | None], torch.Tensor]
     unit: Callable[[bool], tuple[float, str]]  # how many of which units a heat of 1 is, given if images are normalised
 
 
@@ -191,9 +192,7 @@ REFERENCE = Source(
     scores_unlabelled=False,
 )
 
-DIFFERENCE = HeatMap(
-    "difference", LATENTS, lambda fits, batch: heatmaps.difference(batch.x, batch.generated), heatmaps.unit
-)
+DIFFERENCE = HeatMap("difference", LATENTS, lambda fits, x, generated: heatmaps.difference(x, generated), heatmaps.unit)
 
 # What needs G(z) is of the source LATENTS
 SEARCH = (

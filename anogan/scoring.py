@@ -5,7 +5,7 @@ run folder, since a verdict compares with them.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,12 +23,14 @@ from anogan.scores import (
     Score,
     Source,
     declared_for,
+    peak,
     pooled,
 )
 from util import InputError, printable, quoted
 
 NORMALS = "validation-scores.npz"
 USUAL = ("count", "total", "squares")  # what is kept there of `heatmaps.Usual`
+Drawn = tuple[patches.Patches, torch.Tensor, torch.Tensor | None]  # see `latents.drawn`
 UsualByMap = dict[str, heatmaps.Usual]  # what heat maps are relative to, by their names; a map that is not has none
 
 
@@ -60,9 +62,8 @@ class ScoredSplit:
     seen_size: np.ndarray | None = None  # (N, 2) the height and the width at which the networks see a picture
     patch_counts: np.ndarray | None = None  # (N,) of how many patches a picture's scores are
     stride: int | None = None  # of these patches; None for whole pictures
-    split: str = "test"  # its name
     usual: UsualByMap = field(default_factory=dict)
-    map: HeatMap | None = None  # the heat map that is shown: that of the score that the verdict rests on, if it has one
+    map: HeatMap | None = None  # that is shown: of the score that the verdict rests on, else the first that there is
     loaded: Any = None  # what the source of this map has loaded
 
     @property
@@ -75,7 +76,7 @@ class ScoredSplit:
     @property
     def peak(self) -> str:
         """The name of the score that is the largest value of the heat map that is shown."""
-        return next(name for name, score in self.declared.items() if score.map is self.map)
+        return peak_of(self.map, self.declared.values())
 
     @property
     def search(self) -> dict[str, Any] | None:
@@ -90,9 +91,7 @@ class ScoredSplit:
         """Positions (N,), the most anomalous by this score first."""
         return np.argsort(-self.scores[score], kind="stable")
 
-    def drawn(
-        self, rows: np.ndarray | None = None
-    ) -> Iterator[tuple[patches.Patches, torch.Tensor, torch.Tensor | None]]:
+    def drawn(self, rows: np.ndarray | None = None) -> Iterator[Drawn]:
         """Patches, x and G(z) of all pictures or of these rows, see `latents.drawn`; `row` counts these rows."""
         rows = np.arange(len(self.images)) if rows is None else rows
         found = self.stride if self.latents is None else latents.taken(self.latents, rows)
@@ -100,13 +99,8 @@ class ScoredSplit:
 
     def heats(self, rows: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """The position and the heat map (height, width) of all pictures or of these rows."""
-        stitching = patches.Stitching()
-        for some, x, generated in self.drawn(rows):
-            for i, (of_picture,) in stitching.add(some, self._map_of(some, x, generated)):
-                yield i if rows is None else int(rows[i]), self._heat(of_picture)
-
-    def _map_of(self, some: patches.Patches, x: torch.Tensor, generated: torch.Tensor | None) -> torch.Tensor:
-        return self.map.function(self.loaded, Batch(self.split, some, x, generated))
+        for i, of_picture in stitched(self.map, self.loaded, self.drawn(rows)):
+            yield i if rows is None else int(rows[i]), self._heat(of_picture)
 
     def _heat(self, of_picture: torch.Tensor) -> np.ndarray:
         return heat_map(of_picture, self.gan.image_size, self.usual.get(self.map.name))
@@ -119,7 +113,7 @@ class ScoredSplit:
             if generated is not None:
                 layers.append(images.to_levels(generated, some.pixels, self.gan.view.normalise))
             if self.map is not None:
-                layers.append(self._map_of(some, x, generated))
+                layers.append(self.map.function(self.loaded, x, generated))
             for i, found in stitching.add(some, torch.cat(layers, 1)):
                 yield Shown(
                     row=int(rows[i]),
@@ -127,6 +121,19 @@ class ScoredSplit:
                     generated=None if generated is None else heatmaps.to_rgb(found[channels : 2 * channels]),
                     heat=None if self.map is None else self._heat(found[-1]),
                 )
+
+
+def peak_of(map: HeatMap, declared: Iterable[Score]) -> str:
+    """The name of the score that is the largest value of this heat map."""
+    return next(score.name for score in declared if score.map is map and score.function is peak)
+
+
+def stitched(map: HeatMap, loaded: Any, drawn: Iterable[Drawn]) -> Iterator[tuple[int, torch.Tensor]]:
+    """The position of each picture and its map (height, width), from what `latents.drawn` yields of a set."""
+    stitching = patches.Stitching()
+    for some, x, generated in drawn:
+        for row, (of_picture,) in stitching.add(some, map.function(loaded, x, generated)):
+            yield row, of_picture
 
 
 def heat_map(of_picture: torch.Tensor, side: int, usual: heatmaps.Usual | None, is_among: bool = False) -> np.ndarray:
@@ -183,7 +190,10 @@ def score_run(
     stride = _stride(gan, loaded, normals)
     maps = list(dict.fromkeys(score.map for score in present if score.map is not None))
     usual = _usual(gan, image_sets["validation"], loaded, maps, stride, request) if normals is None else normals.usual
-    shown = next((score.map for score in present if score.name == request.score), None) or next(iter(maps), None)
+    if normals is not None:  # a map is read against that of the normals: without theirs there is none
+        maps = [each for each in maps if peak_of(each, present) in normals.scores]
+    judged_by = next(score.map for score in declared if score.name == request.score)
+    shown = judged_by if judged_by in maps else next(iter(maps), None)
     for split, image_set in image_sets.items():
         found = loaded[LATENTS][split] if LATENTS in loaded else None
         searched = stride if found is None else found
@@ -207,11 +217,10 @@ def score_run(
             usual=usual,
             map=shown,
             loaded=None if shown is None else loaded[shown.source],
-            split=split,
         )
-    most = scored["validation"].patch_counts.max() if normals is None else normals.most_patches
+    counts = patch_range(scored["validation"]) if normals is None else normals.patch_range
     for split, each in scored.items():
-        _name_others(split, each, most)
+        _name_others(split, each, counts)
     for score in present:  # those made of others come last: validation has all the others by then
         if score.parts:
             of_normals = scored["validation"].scores if normals is None else normals.scores
@@ -220,27 +229,33 @@ def score_run(
     return scored
 
 
-def _name_others(split: str, scored: ScoredSplit, most: int) -> None:
-    """Say which pictures cannot be compared with validation: those with more patches than any picture there has, of
-    which the worst are worse for no defect; and those of another size, where heat maps go by place."""
-    larger = np.flatnonzero(scored.patch_counts > most)
-    if len(larger) > 0:
+def patch_range(scored: ScoredSplit) -> tuple[int, int]:
+    """The fewest and the most patches that a picture has."""
+    return int(scored.patch_counts.min()), int(scored.patch_counts.max())
+
+
+def _name_others(split: str, scored: ScoredSplit, of_normals: tuple[int, int]) -> None:
+    """Say which pictures cannot be compared with validation: those with fewer or more patches than any picture there
+    has, given their `patch_range`; and those of another size, where heat maps go by place."""
+    fewest, most = of_normals
+    others = np.flatnonzero((scored.patch_counts < fewest) | (scored.patch_counts > most))
+    if len(others) > 0:
+        # the worst of many patches is worse than that of few, and the mean of few varies more than that of many
         print(
-            f"{split}: {len(larger)} of {len(scored.images)} pictures are larger than every validation picture, such "
-            f"as {printable(scored.images.source[larger[0]])} ({scored.patch_counts[larger[0]]} patches, not {most} at "
-            "most): of more patches the worst are worse even without a defect, and more of these pictures can be "
-            "flagged than --alpha says"
+            f"{split}: {len(others)} of {len(scored.images)} pictures are smaller or larger than every validation "
+            f"picture, such as {printable(scored.images.source[others[0]])} ({scored.patch_counts[others[0]]} patches, "
+            f"not {fewest} to {most}): their p-values do not hold, since scores depend on the number of patches"
         )
-    if not scored.usual:
+    if scored.map is None or scored.map.name not in scored.usual:
         return
-    height, width = next(iter(scored.usual.values())).total.shape  # the same for every map
+    height, width = scored.usual[scored.map.name].total.shape
     others = np.flatnonzero((scored.seen_size != (height, width)).any(1))
     if len(others) > 0:
         one = "x".join(map(str, scored.seen_size[others[0]][::-1]))
         print(
             f"{split}: {len(others)} of {len(scored.images)} pictures have another size than the validation pictures, "
             f"such as {printable(scored.images.source[others[0]])} ({one}, not {width}x{height}): what is usual at a "
-            "place does not hold for them, so do not judge them by the largest value of a heat map"
+            f"place does not hold for them, so do not judge them by {peak_of(scored.map, scored.declared.values())}"
         )
 
 
@@ -256,23 +271,16 @@ def _usual(
     searched = loaded[LATENTS]["validation"] if LATENTS in loaded else stride
     found = {}
     for each in maps:
-        stitching = patches.Stitching()
-        heats = (
-            heatmaps.smoothed(of_picture, gan.image_size)
-            for some, x, generated in latents.drawn(
-                gan, validation, searched, request.batch_size, request.skip_unreadable
-            )
-            for _, (of_picture,) in stitching.add(
-                some, each.function(loaded[each.source], Batch("validation", some, x, generated))
-            )
-        )
+        drawn = latents.drawn(gan, validation, searched, request.batch_size, request.skip_unreadable)
+        maps_of = stitched(each, loaded[each.source], drawn)
+        heats = (heatmaps.smoothed(of_picture, gan.image_size) for _, of_picture in maps_of)
         found[each.name] = heatmaps.usual(heats, gan.image_size)
     return {name: usual for name, usual in found.items() if usual is not None}
 
 
 def _stride(gan: runs.TrainedGAN, loaded: dict[Source, Any], normals: "Normals | None") -> int | None:
     """From which patches the scores of pictures are made: those that were searched, else those of the normals that they
-    are compared with, since of more patches the worst are worse."""
+    are compared with, since scores depend on the number of patches."""
     for source in (LATENTS, REFERENCE):
         if source in loaded:
             return next(iter(loaded[source].values()))["search"]["stride"]
@@ -352,7 +360,7 @@ def _score_batches(
     loaded: dict[Source, Any],
     present: list[Score],
     usual: UsualByMap,
-    drawn: Iterator[tuple[patches.Patches, torch.Tensor, torch.Tensor | None]],
+    drawn: Iterable[Drawn],
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The scores that are worked out from a split's images, which come as `latents.drawn` yields them: each (N,).
 
@@ -373,7 +381,7 @@ def _score_batches(
                 of_batch = score.function(loaded[score.source], batch)
                 values[score.name].append(of_batch.cpu().numpy() if isinstance(of_batch, torch.Tensor) else of_batch)
         for each, stitching in stitchings.items():
-            for _, (of_picture,) in stitching.add(some, each.function(loaded[each.source], batch)):
+            for _, (of_picture,) in stitching.add(some, each.function(loaded[each.source], x, generated)):
                 heat = heat_map(of_picture, x.shape[-1], usual.get(each.name), is_among=split == "validation")
                 for score in of_maps:
                     if score.map is each:
@@ -397,14 +405,14 @@ class Normals:
     scores: dict[str, np.ndarray]  # of the validation images, (V,) each by name
     stride: int | None  # of the patches that they are of, see `ScoredSplit`
     usual: UsualByMap
-    most_patches: int  # that one of them has
+    patch_range: tuple[int, int]  # the fewest and the most patches that one of them has
 
 
 def keep_normals(validation: ScoredSplit) -> None:
     """Write the scores of the validation images to the run folder, which then judges pictures without the data set."""
     gan, rests_on = validation.gan, json.dumps(fingerprints({"validation": validation}))
     about = {"index": validation.images.index, "split": "validation", "gan": gan.fingerprint, "rests_on": rests_on}
-    about |= {"stride": json.dumps(validation.stride), "most_patches": validation.patch_counts.max()}
+    about |= {"stride": json.dumps(validation.stride), "patch_range": np.array(patch_range(validation))}
     about["maps"] = json.dumps(list(validation.usual))
     for name, usual in validation.usual.items():
         about |= {f"{name}_usual_{each}": np.array(getattr(usual, each)) for each in USUAL}
@@ -431,16 +439,14 @@ def scores_of_normals(gan: runs.TrainedGAN, declared: Sequence[Score], request: 
             rests_on = json.loads(str(kept["rests_on"]))
             names = {score.source.file.format(split="validation") for score in there}
             is_current = all(rests_on.get(name) == files.fingerprint(gan.run_dir / name) for name in names)
-            is_whole = all(
-                name in kept for name in ("stride", "most_patches", "maps", *(score.name for score in there))
-            )
+            is_whole = all(name in kept for name in ("stride", "patch_range", "maps", *(score.name for score in there)))
             if is_current and is_whole and _has_images(gan, kept["index"]):
                 usual = {}
                 for name in json.loads(str(kept["maps"])):
                     count, total, squares = (kept[f"{name}_usual_{each}"] for each in USUAL)
                     usual[name] = heatmaps.Usual(gan.image_size, int(count), total, squares)
                 by_name, stride = {s.name: kept[s.name] for s in there}, json.loads(str(kept["stride"]))
-                return Normals(by_name, stride, usual, int(kept["most_patches"]))
+                return Normals(by_name, stride, usual, tuple(kept["patch_range"].tolist()))
     if not runs.data_is_there(gan):
         raise InputError(
             f"{gan.run_dir} does not keep the scores of its validation images, and its data set is not in "
@@ -448,7 +454,7 @@ def scores_of_normals(gan: runs.TrainedGAN, declared: Sequence[Score], request: 
         )
     scored = score_run(gan, {"validation": runs.open_split(gan, "validation")}, declared, request)["validation"]
     keep_normals(scored)
-    return Normals(scored.scores, scored.stride, scored.usual, int(scored.patch_counts.max()))
+    return Normals(scored.scores, scored.stride, scored.usual, patch_range(scored))
 
 
 def _has_images(gan: runs.TrainedGAN, index: np.ndarray) -> bool:

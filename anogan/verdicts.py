@@ -117,7 +117,7 @@ def decide(
         flagged={name: flags(values, alpha, fdr) for name, values in p_value.items()},
         level=level,
         # not by the largest heat of any normal: a single odd picture would make every other map black
-        brightest=2 * level if math.isfinite(level) else largest,
+        brightest=2 * level if 0 < level < math.inf else largest if largest > 0 else 1.0,
         normals=len(normals[score]),
         unit=(1.0, "") if one.map is None else one.unit,
     )

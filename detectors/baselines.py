@@ -118,6 +118,8 @@ def read(gan: runs.TrainedGAN, image_sets: ImageSets) -> Stored:
             of_split = latents.read_arrays(path, COMMAND, split, gan, dict.fromkeys(LABELS, ()))
         except util.InputError as error:
             raise util.InputError(f"{error}: {again}, or remove the baselines-*.npz") from error
+        if gan.view.has_patches and str(of_split.get("pool")) != Score.pool:
+            raise util.InputError(f"{path} is of an older version, which judged pictures by other patches: {again}")
         _, here, there = np.intersect1d(image_set.source, of_split["source"], return_indices=True)
         # on either side there may be more: some were not searched, or could not be read; on both, some were renamed
         is_renamed = len(here) < len(image_set) and len(there) < len(of_split["source"])
@@ -173,6 +175,7 @@ def main(config: Config) -> Path:
         for split in config.splits:
             scores, image_set = scores_of_split(gan, split, models, pca, config.skip_unreadable)
             about = {"index": image_set.index, "source": image_set.source, "split": split, "gan": gan.fingerprint}
+            about["pool"] = Score.pool
             files.write_arrays(run_dir / f"baselines-{split}.npz", **scores, **about)
         facts = {"bandwidth": float(models["kde"].bandwidth), "principal_components": int(pca.n_components_)}
         seconds = time.monotonic() - started

@@ -13,6 +13,7 @@ its run.json. Stop it at any time: the same command continues from the last rotn
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,11 @@ from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, normalize, p
 from torch.optim import Adam
 
 import util
-from anogan import files, processes, runs
+from anogan import processes, runs
 from anogan.loop import Loop, detector_training, prepare
 from anogan.pictures import Pictures
 from anogan.scores import Score, Source
-from network import channel_multipliers, downward_ladder, initialise_weights
+from network import channel_multipliers, downward_ladder, initialise_weights, rung_outputs
 
 COMMAND = "python -m detectors.rotnet"
 CURVES = {"Cross-entropy with the turn": {"loss": "loss"}, "Share of turns told right": {"accuracy": "accuracy"}}
@@ -69,14 +70,8 @@ class RotNet(nn.Module):
         self.head = nn.Conv2d(ndf * channel_multipliers(image_size)[-1], 4, 4, 1, 0, bias=False)
 
     def features(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """What each rung puts out, from the widest image to the smallest: (N, ndf, 32, 32), ..., (N, 8 ndf, 4, 4) at
-        image_size 64."""
-        rungs = []
-        for layer in self.body:
-            if isinstance(layer, nn.Conv2d) and layer.stride == (2, 2):  # a rung ends where the next begins
-                rungs.append(x)
-            x = layer(x)
-        return [*rungs[1:], x]
+        """What each rung puts out, see `rung_outputs`."""
+        return rung_outputs(self.body, x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images (N, image_channels, image_size, image_size) in [-1, 1] to logits (N, 4)."""
@@ -186,8 +181,8 @@ class NormalFeatures:
     precisions: torch.Tensor  # (4, K, K), the inverse of their covariance
 
 
-def normal_features(rotnet: nn.Module, batches: Iterable[torch.Tensor]) -> NormalFeatures:
-    """What the scores need to know of the training images, batches of (N, C, H, H) in [-1, 1].
+def normal_features(rotnet: nn.Module, batches: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The `NormalFeatures` of the training images by name, given batches of (N, C, H, H) in [-1, 1].
 
     The covariance is shrunk towards a multiple of the identity (Ledoit and Wolf 2004): there may be fewer images than
     channels.
@@ -201,7 +196,7 @@ def normal_features(rotnet: nn.Module, batches: Iterable[torch.Tensor]) -> Norma
         torch.from_numpy(np.stack([getattr(fit, name) for fit in fits])).to(lengths_of_1[0])
         for name in ("location_", "precision_")
     )
-    return NormalFeatures(torch.cat(lengths_of_1), means, precisions)
+    return {"directions": torch.cat(lengths_of_1), "means": means, "precisions": precisions}
 
 
 def neighbours(rotnet: nn.Module, x: torch.Tensor, normal: NormalFeatures, count: int = 5) -> torch.Tensor:
@@ -241,36 +236,11 @@ def combined(parts: list[np.ndarray], of_validation: list[np.ndarray], weights: 
     return total
 
 
-@torch.no_grad()
 def remember(gan: runs.TrainedGAN, training: Pictures | None = None) -> tuple[RotNet, NormalFeatures]:
-    """RotNet, and what it makes of MEMORY training images or patches, evenly spaced if there are more.
-
-    The run folder keeps it, so that the training images are needed once, by default read from the data set. Raises
-    InputError if they have changed by then, or as `load` does.
-    """
-    trained, path = load(gan), gan.run_dir / "rotnet-normals.npz"
-    kept = _read_normals(path, trained.fingerprint)
-    if kept is None:
-        training = runs.images_of_gan(gan, skip_unreadable=True) if training is None else training
-        with util.full_precision():
-            parts = map(gan.to_model, training.some(MEMORY).split(256))
-            normal = normal_features(trained.network, parts)
-        kept = {name: value.cpu().numpy() for name, value in vars(normal).items()}
-        files.write_arrays(path, **kept, rotnet=trained.fingerprint)
-    return trained.network, NormalFeatures(**{name: torch.from_numpy(kept[name]).to(gan.device) for name in kept})
-
-
-def _read_normals(path: Path, rotnet: str) -> dict[str, np.ndarray] | None:
-    """What `remember` has kept; None if nothing, or of another rotnet.pt, or if the file is damaged."""
-    if not path.is_file():
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except Exception as error:  # zipfile and numpy raise almost anything on damaged bytes
-        print(f"{path} is damaged ({error}): making it again")
-        return None
-    return arrays if str(arrays.pop("rotnet", "")) == rotnet else None
+    """RotNet, and what it makes of the training images, see `runs.remembered`. Raises InputError as that and `load`."""
+    trained = load(gan)
+    normal = runs.remembered(gan, "rotnet", trained, partial(normal_features, trained.network), MEMORY, training)
+    return trained.network, NormalFeatures(**normal)
 
 
 ROTNET = Source("rotnet.pt", COMMAND, lambda gan, image_sets: remember(gan))

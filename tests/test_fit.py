@@ -107,7 +107,8 @@ def find(run_dir: Path, level: float) -> tuple[dict[str, Found], dict]:
     """What was found in every test picture, by source; and the pixel figures."""
     gan = runs.load_gan(run_dir, torch.device("cpu"))
     request = scoring.Request("peak", True, 64, False)
-    normals = scoring.Normals({}, None, usual={}, most_patches=99)  # so that the heat is the difference itself
+    # nothing is usual, so that the heat is the difference itself
+    normals = scoring.Normals({"peak": np.zeros(1)}, None, usual={}, patch_range=(1, 99))
     test = scoring.score_run(gan, {"test": runs.open_split(gan, "test")}, scores.SEARCH, request, normals)["test"]
     judge.mark_pictures(run_dir, test, SimpleNamespace(level=level, brightest=1.0))
     found = {}
@@ -121,7 +122,7 @@ def find(run_dir: Path, level: float) -> tuple[dict[str, Found], dict]:
         np.testing.assert_array_equal(shown.heat, heat)
         is_bright = shown.real.mean(2) > 0.6 * 255
         assert (is_bright == (heat > level)).mean() > 0.8 and is_bright.any() == (heat > level).any()
-    return found, metrics.pixel_metrics(test, level)
+    return found, metrics.pixel_metrics(test, level, 0.5)
 
 
 @pytest.mark.parametrize(

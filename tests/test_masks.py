@@ -273,7 +273,7 @@ def test_images_without_a_mask_are_left_out_and_counted(tmp_path: Path) -> None:
         map=DIFFERENCE,
     )
     threshold = {"alpha": 0.05, "validation_images": 4}
-    found = pixel_metrics(split, 0.2)
+    found = pixel_metrics(split, 0.2, 0.5)
     # 32 of 192 marked pixels are unseen, and below all normal ones but the fifth that is unseen too
     assert found["pixel_roc_auc"] == pytest.approx(5 / 6 + 1 / 6 * 0.2 / 2, abs=0.002)
     assert (found["with_mask"], found["regions"], found["regions_found"]) == (3, 3, 3)
@@ -287,14 +287,14 @@ def test_images_without_a_mask_are_left_out_and_counted(tmp_path: Path) -> None:
         "16.7% of the marked pixels, and 0 masks entirely, lie outside the centre square, which is all that the "
         "networks see: train with --fit stretch or pad, or --picture-size own",
     ]
-    found = pixel_metrics(split, np.inf)
+    found = pixel_metrics(split, np.inf, 0.5)
     assert found["regions_found"] is None
     lines = report.pixel_sentences({"pixels": found, "threshold": threshold}).splitlines()
     assert lines[0].startswith("heat maps against the masks of 3 images: pixel-level ROC-AUC 0.85")
     assert lines[1].startswith("no difference can be marked: --alpha 0.05 takes 19 validation normals, and there are 4")
     for path in (tmp_path / "ground_truth/bad").iterdir():
         path.unlink()
-    found = pixel_metrics(split, 0.2)
+    found = pixel_metrics(split, 0.2, 0.5)
     assert found["with_mask"] == 0 and found["without_mask"] == {"bad": 4, "worse": 2}
     assert found["pixel_roc_auc"] is None
     lines = report.pixel_sentences({"pixels": found, "threshold": threshold})

@@ -10,7 +10,7 @@ import pytest
 from conftest import TINY
 from PIL import Image, PngImagePlugin
 
-from anogan import decoding, heatmaps, images, loading, metrics, scoring
+from anogan import decoding, heatmaps, images, loading, metrics, scores, scoring
 from anogan.decoding import View
 
 OWN = View(32, 1, picture_size="own")
@@ -65,17 +65,31 @@ def test_pictures_of_another_size_are_named(capsys: pytest.CaptureFixture[str]) 
     usual = heatmaps.usual([np.ones((40, 60), np.float32)] * 20, 32)
     scored = SimpleNamespace(
         usual={"difference": usual},
+        map=scores.DIFFERENCE,
+        declared={score.name: score for score in scores.SEARCH},
         patch_counts=np.array([6, 6, 4]),
         seen_size=np.array([[40, 60], [40, 60], [60, 40]]),
         images=images.ImageSet("made", [], np.arange(3), np.zeros(3), np.array(["a", "b", "c"]), None),
     )
-    scoring._name_others("test", scored, 6)
+    scoring._name_others("test", scored, (4, 6))
     printed = capsys.readouterr().out
+    assert printed.endswith("so do not judge them by peak\n")
     assert printed.startswith(
         "test: 1 of 3 pictures have another size than the validation pictures, such as c (40x60, "
     )
-    scoring._name_others("test", replace_in(scored, usual={}), 5)
-    assert "test: 2 of 3 pictures are larger than every validation picture, such as a (6 p" in capsys.readouterr().out
+    others = replace_in(scored, usual={})
+    scoring._name_others("test", others, (4, 5))
+    printed = capsys.readouterr().out
+    assert (
+        "2 of 3 pictures are smaller or larger than every validation picture, such as a (6 patches, not 4 to" in printed
+    )
+    scoring._name_others("test", others, (5, 6))
+    assert (
+        "1 of 3 pictures are smaller or larger than every validation picture, such as c (4 pa"
+        in capsys.readouterr().out
+    )
+    scoring._name_others("test", others, (4, 6))
+    assert capsys.readouterr().out == ""
 
 
 def replace_in(of: SimpleNamespace, **values: object) -> SimpleNamespace:

@@ -51,7 +51,7 @@ def test_neighbours_by_hand() -> None:
     # two rungs that say the same weigh as much as one
     rotnet = SimpleNamespace(features=lambda images: [images.expand(-1, -1, 8, 8), images.expand(-1, -1, 4, 4)])
     training = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])[:, :, None, None]
-    normal = method.normal_features(rotnet, [training[:2], training[2:]])
+    normal = method.NormalFeatures(**method.normal_features(rotnet, [training[:2], training[2:]]))
     assert normal.directions.shape == (3, 2 * 2 * 16)
     assert normal.directions.norm(dim=1).tolist() == pytest.approx([1, 1, 1])
     x = torch.tensor([[3.0, 0.0], [1.0, 1.0]])[:, :, None, None]  # its length does not count, its direction does
@@ -66,7 +66,7 @@ def test_mahalanobis_by_hand() -> None:
     spread = torch.tensor([1.0, 3.0])
     rows = 5 + spread * torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0))
     pixels = rows[:, :, None, None].expand(-1, -1, 4, 4)
-    normal = method.normal_features(rotnet, pixels.split(3000))
+    normal = method.NormalFeatures(**method.normal_features(rotnet, pixels.split(3000)))
     assert normal.means.shape == (4, 2) and normal.precisions.shape == (4, 2, 2)
     x = (5 + torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 9.0], [3.0, 9.0]]))[:, :, None, None].expand(-1, -1, 4, 4)
     # four turns, in each of which a plain picture has the same channels
@@ -84,7 +84,7 @@ def test_mahalanobis_by_hand() -> None:
         [0.25, 1],
     ]
     # fewer images than channels: shrinkage keeps the covariance invertible
-    few = method.normal_features(rotnet, [pixels[:1], pixels[1:2]])
+    few = method.NormalFeatures(**method.normal_features(rotnet, [pixels[:1], pixels[1:2]]))
     assert torch.isfinite(method.mahalanobis(rotnet, x, few)).all()
 
 

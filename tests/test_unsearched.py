@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from test_util import draw
 import evaluate
 import fit_latent
 import train_gan
-from anogan import runs, scoring
+from anogan import runs, scoring, verdicts
+from detectors import cutpaste
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -40,7 +42,8 @@ def test_scores_that_need_no_z(
     assert "without difference maps, since these images were not searched" in printed
     assert "python evaluate.py --run-dir outputs/digits-0 --images PATH" in printed  # the command that works next
     metrics = json.loads((unsearched / "metrics.json").read_text())
-    names = [score.name for score in evaluate.SCORES if score.name not in NEED_Z]
+    declared = [score for score in evaluate.SCORES if score.source is not cutpaste.CUTPASTE]  # not trained here
+    names = [score.name for score in declared if score.name not in NEED_Z]
     assert list(metrics["test"]) == names and metrics["threshold"]["score"] == "combined"
     assert metrics["search"] is None and not (unsearched / "difference_maps.png").exists()
     rows = [row for row in read_scores(unsearched) if row["split"] == "test"]
@@ -96,6 +99,19 @@ def test_searched_run_and_pictures_that_were_not(
     run_here("evaluate.py", "--images", "mine", "--score", "p_d", *CPU)
     assert "without difference maps, since these images were not searched" in capsys.readouterr().out
     assert "anomaly_score" not in read_verdicts(trained / "images-mine")["mine/a.png"]
+
+
+def test_a_map_is_not_read_without_that_of_the_normals(trained: Path) -> None:
+    """The latents of validation may be gone while those of pictures are there."""
+    gan = runs.load_gan(trained, torch.device("cpu"))
+    pictures = {"test": runs.open_split(gan, "test")}
+    request = scoring.Request("p_d", True, batch_size=64, skip_unreadable=False)
+    normals = scoring.scores_of_normals(gan, evaluate.SCORES, request)
+    assert scoring.score_run(gan, pictures, evaluate.SCORES, request, normals)["test"].peak == "peak"
+    without = replace(normals, scores={name: of for name, of in normals.scores.items() if name != "peak"})
+    scored = scoring.score_run(gan, pictures, evaluate.SCORES, request, without)
+    assert scored["test"].map is None
+    assert verdicts.decide(scored, without.scores, "p_d", 0.05, None).level == np.inf
 
 
 def test_an_image_that_became_unreadable_shifts_no_other(tmp_path: Path, run_here: Callable[..., None]) -> None:

@@ -1,0 +1,109 @@
+"""CutPaste: what is pasted, its distances against scipy, and a run that is judged and shown without a search."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+from scipy.spatial.distance import mahalanobis
+
+from detectors import cutpaste
+
+SIDE = 64  # of the drawn pictures
+CPU = ["--device", "cpu"]
+
+
+def drawn(random: np.random.Generator) -> np.ndarray:
+    """Stripes that lie anywhere, with a little noise: uint8 (SIDE, SIDE)."""
+    wave = 128 + 60 * np.sin((np.arange(SIDE) + random.integers(16)) * np.pi / 8)
+    return (wave + random.normal(0, 4, (SIDE, SIDE))).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def stripes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of stripes; in the defective ones a square of them is moved by half a wave."""
+    folder, random = tmp_path_factory.mktemp("work") / "stripes", np.random.default_rng(0)
+    counts = {"train/good": 16, "validation/good": 20, "test/good": 10, "test/moved": 10}
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            picture = drawn(random)
+            if name == "test/moved":
+                top, left = random.integers(4, SIDE - 20, 2)
+                place = slice(top, top + 16), slice(left, left + 16)
+                picture[place] = np.roll(picture, 8, 1)[place]
+                mask = np.zeros((SIDE, SIDE), np.uint8)
+                mask[place] = 255
+                (folder / "ground_truth/moved").mkdir(parents=True, exist_ok=True)
+                Image.fromarray(mask).save(folder / f"ground_truth/moved/{i:02d}_mask.png")
+            Image.fromarray(picture).save(folder / name / f"{i:02d}.png")
+    return folder
+
+
+@pytest.mark.parametrize("is_scar", [False, True])
+def test_what_is_pasted(is_scar: bool) -> None:
+    """A piece of 2% to 15% of the image, or a thin and long scar; all else stays, and the seed decides."""
+    x = 2 * torch.rand(200, 1, 64, 64, generator=torch.Generator().manual_seed(0)) - 1
+    torch.manual_seed(0)
+    found = cutpaste.pasted(x, is_scar)
+    changed = (found != x).float()
+    shares = changed.mean((1, 2, 3))
+    assert found.abs().max() <= 1 and shares.min() > 0
+    assert shares.max() < (0.08 if is_scar else 0.17)  # a scar has 12% of 50% at most
+    rows, columns = changed.amax(3).sum(2), changed.amax(2).sum(2)  # (N, 1) the sides of the box around it
+    fills = changed.sum((1, 2, 3)) / (rows * columns)[:, 0]
+    assert (fills > 0.95).all() if not is_scar else (fills < 0.7).float().mean() > 0.5  # a turned one leaves corners
+    torch.manual_seed(0)
+    assert torch.equal(found, cutpaste.pasted(x, is_scar))
+
+
+def test_half_of_the_pieces_are_of_another_picture() -> None:
+    x = torch.arange(100.0)[:, None, None, None].expand(100, 1, 32, 32) / 200  # each of one level of its own
+    torch.manual_seed(0)
+    found = cutpaste.pasted(x, is_scar=False)  # no deviation: neither brightness nor contrast change
+    is_other = ((found - x.roll(1, 0)).abs() < 1e-6).flatten(1).any(1)
+    assert 0.35 < is_other.float().mean() < 0.65
+    assert ((found - x).abs() < 1e-6).flatten(1).float().mean(1)[~is_other].eq(1).all()
+
+
+def test_distances_against_scipy() -> None:
+    random = torch.Generator().manual_seed(0)
+    normal = torch.randn(5000, 3, generator=random) * torch.tensor([1.0, 2.0, 1.5]) + 5
+    gaussian = cutpaste.fit(normal)
+    found = torch.randn(4, 2, 3, generator=random)
+    precision = np.linalg.inv(np.cov(normal.numpy().T))
+    expected = [[mahalanobis(f, normal.mean(0), precision) ** 2 for f in row] for row in found.numpy()]
+    np.testing.assert_allclose(gaussian.distance(found), expected, rtol=0.01)  # the shrinkage is small
+
+
+def test_it_finds_and_shows_what_was_moved_without_a_search(
+    stripes: Path, run_here: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    about = ["--picture-size", "own", "--normalise", "patch", *TINY, "--epochs", "1"]
+    run_here("train_gan.py", "--dataset", str(stripes), "--normal-class", "good", "--run-dir", str(run_dir), *about)
+    run_here("detectors.cutpaste", "--run-dir", str(run_dir), "--epochs", "15", "--batch-size", "8", *CPU)
+    run_here("evaluate.py", "--run-dir", str(run_dir), "--score", "cutpaste_peak", "--bootstrap", "20", *CPU)
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    auc = {name: metrics["test"][name]["roc_auc"] for name in ("pasted", "cutpaste", "cutpaste_peak")}
+    assert max(auc.values()) > 0.9 and min(auc.values()) > 0.7, auc
+    assert metrics["pixels"]["pixel_roc_auc"] > 0.8 and metrics["pixels"]["regions"] == 10
+    assert (run_dir / "difference_maps.png").is_file()
+    assert '"panels": ["real", "distance", "marked"]' in (run_dir / "report.html").read_text(encoding="utf-8")
+
+    # pictures without labels: the same scores and maps, on what the run folder keeps
+    stripes.rename(moved := stripes.with_name("elsewhere"))
+    run_here("evaluate.py", "--run-dir", str(run_dir), "--images", str(moved / "test/moved"), *CPU)
+    assert "deviations above what is usual at that place" in (run_dir / "images-moved/report.html").read_text()
+    rows = (run_dir / "scores.csv").read_text().splitlines()
+    header = rows[0].split(",")
+    before = {row.split(",")[2]: row.split(",")[header.index("cutpaste_peak")] for row in rows[1:]}
+    names, *found = [row.split(",") for row in (run_dir / "images-moved/scores.csv").read_text().splitlines()]
+    for row in found:
+        name = "test/moved/" + Path(row[0]).name
+        assert float(row[names.index("cutpaste_peak")]) == pytest.approx(float(before[name]), rel=1e-4)
+        assert (run_dir / "images-moved/heat" / f"{Path(row[0]).name}.png").is_file()
