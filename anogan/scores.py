@@ -58,8 +58,8 @@ class HeatMap:
     """A map of where pictures are unusual, declared once: what it is called, what it needs, how it is worked out.
 
     `function` takes what `source.load` returned, x (N, C, H, H) and G(z), which is None where nothing was searched, to
-    (N, 1, H, H), from 0 up. The maps of a picture's patches
-    are stitched and smoothed, and compared with what is usual at each place, see `heatmaps`.
+    (N, 1, H, H), from 0 up. The maps of a picture's patches are stitched and smoothed, and compared with what is usual
+    at each place, see `heatmaps`.
     """
 
     name: str

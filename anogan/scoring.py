@@ -255,7 +255,7 @@ def _name_others(split: str, scored: ScoredSplit, of_normals: tuple[int, int]) -
         print(
             f"{split}: {len(others)} of {len(scored.images)} pictures have another size than the validation pictures, "
             f"such as {printable(scored.images.source[others[0]])} ({one}, not {width}x{height}): what is usual at a "
-            f"place does not hold for them, so do not judge them by {peak_of(scored.map, scored.declared.values())}"
+            f"place does not hold for them, so do not judge them by {scored.peak}"
         )
 
 

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 import tyro
-from sklearn.covariance import LedoitWolf
 from torch import nn
 from torch.nn.functional import cross_entropy, grid_sample, interpolate
 from torch.optim import Adam
 
 import util
 from anogan import processes, runs
+from anogan.gaussians import Gaussian, fit
 from anogan.images import contrast_normalised
 from anogan.loop import Loop, detector_training, prepare
 from anogan.pictures import Pictures
@@ -83,8 +83,8 @@ def uniform(count: int, low: float, high: float, device: torch.device) -> torch.
 def pasted(x: torch.Tensor, is_scar: bool) -> torch.Tensor:
     """Images (N, C, H, H) in [-1, 1], each with a piece of itself or of the next one in another place, at random.
 
-    A piece has 2% to 15% of the image's area; a scar is 3% to 12% of its side wide and 15% to 50% long, and turned. The
-    brightness of both and their contrast differ by up to 30% of a deviation and of themselves.
+    A piece has 2% to 15% of the image's area; a scar is 3% to 12% of its side wide and 15% to 50% long, and turned.
+    Both are up to 0.6 of the image's standard deviations brighter or darker, with up to 30% more or less contrast.
     """
     count, device = len(x), x.device
     if is_scar:
@@ -151,25 +151,6 @@ def features(cutpaste: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.
     side = before.shape[-1]
     places = torch.cat([before, interpolate(last, (side, side), mode="bilinear")], 1)
     return last.mean((2, 3)), places
-
-
-@dataclass(frozen=True)
-class Gaussian:
-    """Features of normal images as one normal distribution (Li et al. 2021)."""
-
-    mean: torch.Tensor  # (F,)
-    precision: torch.Tensor  # (F, F), the inverse of their covariance
-
-    def distance(self, found: torch.Tensor) -> torch.Tensor:
-        """The squared Mahalanobis distance of features (..., F): (...)."""
-        away = found - self.mean
-        return (away @ self.precision * away).sum(-1)
-
-
-def fit(found: torch.Tensor) -> Gaussian:
-    """The normal distribution of features (M, F). The covariance is shrunk (Ledoit and Wolf 2004): M may be small."""
-    fitted = LedoitWolf().fit(found.cpu().double().numpy())
-    return Gaussian(*(torch.from_numpy(each).to(found) for each in (fitted.location_, fitted.precision_)))
 
 
 def gaussians(cutpaste: nn.Module, batches: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:

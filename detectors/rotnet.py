@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from sklearn.covariance import LedoitWolf
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, normalize, pad
 from torch.optim import Adam
 
 import util
 from anogan import processes, runs
+from anogan.gaussians import Gaussian, fit
 from anogan.loop import Loop, detector_training, prepare
 from anogan.pictures import Pictures
 from anogan.scores import Score, Source
@@ -182,20 +182,13 @@ class NormalFeatures:
 
 
 def normal_features(rotnet: nn.Module, batches: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The `NormalFeatures` of the training images by name, given batches of (N, C, H, H) in [-1, 1].
-
-    The covariance is shrunk towards a multiple of the identity (Ledoit and Wolf 2004): there may be fewer images than
-    channels.
-    """
+    """The `NormalFeatures` of the training images by name, given batches of (N, C, H, H) in [-1, 1]."""
     lengths_of_1, channels = [], []
     for x in batches:
         lengths_of_1.append(directions(rotnet, x))
         channels.append(torch.stack([channel_means(rotnet, images) for images in turned(x)]))  # (4, N, K)
-    fits = [LedoitWolf().fit(of_turn.cpu().double().numpy()) for of_turn in torch.cat(channels, 1)]
-    means, precisions = (
-        torch.from_numpy(np.stack([getattr(fit, name) for fit in fits])).to(lengths_of_1[0])
-        for name in ("location_", "precision_")
-    )
+    fits = [fit(of_turn) for of_turn in torch.cat(channels, 1)]
+    means, precisions = (torch.stack([getattr(each, name) for each in fits]) for name in ("mean", "precision"))
     return {"directions": torch.cat(lengths_of_1), "means": means, "precisions": precisions}
 
 
@@ -214,11 +207,8 @@ def mahalanobis(rotnet: nn.Module, x: torch.Tensor, normal: NormalFeatures) -> t
 
     The squared distance from the training images' mean, in their own covariance (Lee et al. 2018, with one class).
     """
-    distance = 0
-    for turn, mean, precision in zip(turned(x), normal.means, normal.precisions, strict=True):
-        away = channel_means(rotnet, turn) - mean  # (N, K)
-        distance = distance + (away @ precision * away).sum(1)
-    return distance
+    fits = map(Gaussian, normal.means, normal.precisions)
+    return sum(each.distance(channel_means(rotnet, turn)) for turn, each in zip(turned(x), fits, strict=True))
 
 
 def combined(parts: list[np.ndarray], of_validation: list[np.ndarray], weights: Sequence[float]) -> np.ndarray:

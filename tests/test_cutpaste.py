@@ -11,6 +11,7 @@ from conftest import TINY
 from PIL import Image
 from scipy.spatial.distance import mahalanobis
 
+from anogan import gaussians
 from detectors import cutpaste
 
 SIDE = 64  # of the drawn pictures
@@ -73,7 +74,7 @@ def test_half_of_the_pieces_are_of_another_picture() -> None:
 def test_distances_against_scipy() -> None:
     random = torch.Generator().manual_seed(0)
     normal = torch.randn(5000, 3, generator=random) * torch.tensor([1.0, 2.0, 1.5]) + 5
-    gaussian = cutpaste.fit(normal)
+    gaussian = gaussians.fit(normal)
     found = torch.randn(4, 2, 3, generator=random)
     precision = np.linalg.inv(np.cov(normal.numpy().T))
     expected = [[mahalanobis(f, normal.mean(0), precision) ** 2 for f in row] for row in found.numpy()]

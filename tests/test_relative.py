@@ -66,7 +66,7 @@ def test_pictures_of_another_size_are_named(capsys: pytest.CaptureFixture[str]) 
     scored = SimpleNamespace(
         usual={"difference": usual},
         map=scores.DIFFERENCE,
-        declared={score.name: score for score in scores.SEARCH},
+        peak="peak",
         patch_counts=np.array([6, 6, 4]),
         seen_size=np.array([[40, 60], [40, 60], [60, 40]]),
         images=images.ImageSet("made", [], np.arange(3), np.zeros(3), np.array(["a", "b", "c"]), None),

@@ -1,0 +1,28 @@
+"""Features of normal images as one normal distribution, and how far others lie from it."""
+
+from dataclasses import dataclass
+
+import torch
+from sklearn.covariance import LedoitWolf
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A normal distribution of features."""
+
+    mean: torch.Tensor  # (F,)
+    precision: torch.Tensor  # (F, F), the inverse of the covariance
+
+    def distance(self, features: torch.Tensor) -> torch.Tensor:
+        """The squared Mahalanobis distance of features (..., F): (...)."""
+        away = features - self.mean
+        return (away @ self.precision * away).sum(-1)
+
+
+def fit(features: torch.Tensor) -> Gaussian:
+    """The normal distribution of features (M, F).
+
+    The covariance is shrunk towards a multiple of the identity (Ledoit and Wolf 2004): M may be less than F.
+    """
+    fitted = LedoitWolf().fit(features.cpu().double().numpy())
+    return Gaussian(*(torch.from_numpy(each).to(features) for each in (fitted.location_, fitted.precision_)))
