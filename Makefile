@@ -2,6 +2,7 @@
 # make washers   the same on pictures with planted defects, and a verdict on new ones: docs/own-pictures.md
 # make test      the test suite
 # make bench     the search and the training against the usual loops: two tables and two JSON files in under 10 minutes
+# make gpu-check whether a GPU is right, and how fast: a table and a JSON file in under 6 minutes
 # make table     every class of CIFAR-10 in turn against the nine others: hours; goes on where it stopped
 # make cifar10   the three scripts with their defaults, on CIFAR-10
 # make lint      ruff
@@ -17,7 +18,7 @@ BENCH_DATA := --dataset digits
 # for the JPEG copy: make table TABLE="--dataset data/cifar10-jpeg --seeds 0 1 2"
 TABLE :=
 
-.PHONY: demo washers washers-grey test browser bench table cifar10 lint clean
+.PHONY: demo washers washers-grey test browser bench gpu-check table cifar10 lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python train_gan.py --dataset digits --normal-class 1 --run-dir $(DEMO) \
@@ -56,6 +57,9 @@ browser:
 bench: $(VENV)/installed $(BENCH_RUN)/gan.pt
 	$(BIN)/python -m benchmarks.latent_search --run-dir $(BENCH_RUN)
 	$(BIN)/python -m benchmarks.training $(BENCH_DATA)
+
+gpu-check: $(VENV)/installed
+	$(BIN)/python -m benchmarks.gpu_check
 
 outputs/digits-1-64/gan.pt: | $(VENV)/installed
 	$(BIN)/python train_gan.py --dataset digits --run-dir $(@D) \

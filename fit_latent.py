@@ -83,7 +83,9 @@ def search(
     generator, discriminator = networks
     is_bf16 = util.pick_precision(config.precision, x.device) == "bf16"
     z = z.clone().requires_grad_()
-    optimizer = Adam([z], lr=config.lr, fused=True)
+    # a tensor, which a captured step reads anew; Adam takes it in float64 on a CPU, as it does a float
+    lr = torch.zeros((), dtype=torch.float64 if x.device.type == "cpu" else torch.float32, device=x.device)
+    optimizer = Adam([z], lr, fused=True, capturable=x.device.type == "cuda")
     with torch.no_grad(), util.full_precision():
         f_x = discriminator.features(x)  # f(x) stays the same throughout
 
@@ -95,15 +97,19 @@ def search(
             return residual, util.reference_loss(discriminator(generated).to(x.dtype))
         return residual, util.discrimination_loss(f_x, discriminator.features(generated))
 
-    for step in range(config.steps):
-        # the step size goes up from 0 over the first fifth of the steps, and down to 0 over the last
-        ramp = min(1, 5 * (step + 1) / config.steps, 5 * (config.steps - step) / config.steps)
-        optimizer.param_groups[0]["lr"] = config.lr * ramp
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=is_bf16):
+    def descend() -> None:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=is_bf16, cache_enabled=False):
             loss = util.anomaly_score(*losses(), config.discrimination_weight)  # (N,)
         util.take_step(optimizer, loss.sum())
         if config.ball:
             shorten(z, z.shape[1] ** 0.5)
+
+    descend = util.captured(descend, x.device)
+    for step in range(config.steps):
+        # the step size goes up from 0 over the first fifth of the steps, and down to 0 over the last
+        ramp = min(1, 5 * (step + 1) / config.steps, 5 * (config.steps - step) / config.steps)
+        lr.fill_(config.lr * ramp)
+        descend()
         after_step()
     z = z.detach()
     with torch.no_grad(), util.full_precision():

@@ -6,8 +6,10 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -52,7 +54,7 @@ def take_turns(
     peaks: dict[str, list[float]] = {precision: [] for _, _, precision in rows.values()}
     for _ in tqdm(range(repeats), "turns", leave=False):
         for precision, measured in peaks.items():
-            measured.append(peak_flop_rate(precision, device))
+            measured.append(max(peak_flop_rates(precision, device).values()))
         for name, (work, image_steps, _) in rows.items():
             times[name].append(timed(work, device)[0] / image_steps)
     usual = next(iter(times.values()))
@@ -72,28 +74,32 @@ def take_turns(
 
 def print_turns(table: dict[str, dict]) -> None:
     """The table of `take_turns`."""
-    print("per image-step      ms  GFLOP  GFLOP/s  share of peak  times faster [min, max]")
+    width = max(map(len, (*table, "per image-step")))
+    print(f"{'per image-step':<{width}}      ms  GFLOP  GFLOP/s  share of peak  times faster [min, max]")
     for name, row in table.items():
         ratio = row["ratio"]
         print(
-            f"{name:<14} {row['ms_per_image_step']['median']:>7.2f} {row['gflop_per_image_step']:>6.2f} "
+            f"{name:<{width}} {row['ms_per_image_step']['median']:>7.3g} {row['gflop_per_image_step']:>6.2f} "
             f"{row['gflop_per_second']:>8.0f} {row['share_of_peak']:>14.2f} "
-            f"{ratio['median']:>8.2f} [{ratio['min']:.2f}, {ratio['max']:.2f}]"
+            f"{ratio['median']:>8.2f} [{ratio['min']:.2f}, {ratio['max']:.2f}]",
+            flush=True,
         )
 
 
 def count_flop(work: Callable[[], object]) -> int:
     """Floating-point operations of the convolutions and matrix products in a piece of work."""
-    with FlopCounterMode(display=False) as counter:
-        work()
+    with FlopCounterMode(display=False) as counter, patch.object(util, "captured", lambda step, device: step):
+        work()  # without CUDA graphs, whose operations do not pass through PyTorch
     return counter.get_total_flops()
 
 
-def peak_flop_rate(precision: str, device: torch.device) -> float:
-    """FLOP/s of the best of a matrix product and four convolutions of DCGAN's sizes, channels_last, batch 64."""
+def peak_flop_rates(precision: str, device: torch.device) -> dict[str, float]:
+    """FLOP/s of a matrix product, and of the best of four convolutions of DCGAN's sizes in channels_last."""
     options = {"dtype": DTYPES[precision], "device": device}
-    matrix = torch.randn(2048, 2048, **options)
-    pieces = [(lambda: matrix @ matrix, 2 * 2048**3)]
+    side_of_matrix, batch = (8192, 1024) if device.type == "cuda" else (2048, 64)  # small ones keep no GPU busy
+    matrix = torch.randn(side_of_matrix, side_of_matrix, **options)
+    product = best_flop_rate(lambda: matrix @ matrix, 2 * side_of_matrix**3, device)
+    convolutions = []
     # channels in, channels out, side of the input, kernel, stride
     for narrow, wide, side, kernel, stride in (
         (64, 128, 32, 4, 2),
@@ -101,12 +107,17 @@ def peak_flop_rate(precision: str, device: torch.device) -> float:
         (256, 512, 8, 4, 2),
         (256, 256, 16, 3, 1),
     ):
-        x = torch.randn(64, narrow, side, side, **options).contiguous(memory_format=torch.channels_last)
+        x = torch.randn(batch, narrow, side, side, **options).contiguous(memory_format=torch.channels_last)
         weight = torch.randn(wide, narrow, kernel, kernel, **options).contiguous(memory_format=torch.channels_last)
-        flop = 2 * 64 * (side // stride) ** 2 * kernel**2 * narrow * wide
-        pieces.append((lambda x=x, weight=weight, stride=stride: conv2d(x, weight, stride=stride, padding=1), flop))
-    with torch.no_grad():
-        return max(flop / min(timed(work, device)[0] for _ in range(4)) for work, flop in pieces)
+        flop = 2 * batch * (side // stride) ** 2 * kernel**2 * narrow * wide
+        convolutions.append(best_flop_rate(partial(conv2d, x, weight, stride=stride, padding=1), flop, device))
+    return {"matrix product": product, "convolution": max(convolutions)}
+
+
+@torch.no_grad()
+def best_flop_rate(work: Callable[[], Any], flop: int, device: torch.device) -> float:
+    """FLOP/s of the fastest of four runs of a piece of work."""
+    return flop / min(timed(work, device)[0] for _ in range(4))
 
 
 def validation_images(gan: runs.TrainedGAN, count: int) -> torch.Tensor:

@@ -31,6 +31,7 @@ from benchmarks import measure
 from network import Discriminator, Generator, initialise_weights
 
 BETAS = (0.5, 0.999)
+LATENT_DIM = 128
 
 
 @dataclass
@@ -80,13 +81,13 @@ def usual_steps(image_set: images.ImageSet, config: Config, device: torch.device
     endless = RandomSampler(dataset, replacement=True, num_samples=2**40)  # or workers start anew at every epoch
     for real in DataLoader(dataset, config.batch_size, sampler=endless, num_workers=2):
         real = real.to(device)
-        fake = generator(torch.randn(len(real), 128, device=device))
+        fake = generator(torch.randn(len(real), LATENT_DIM, device=device))
         loss_d = util.discriminator_loss(discriminator(real), discriminator(fake.detach()))
         optimizer_d.zero_grad()
         loss_d.backward()
         optimizer_d.step()
         for _ in range(3):
-            fake = generator(torch.randn(len(real), 128, device=device))
+            fake = generator(torch.randn(len(real), LATENT_DIM, device=device))
             loss_g = util.generator_loss(discriminator(fake))
             optimizer_g.zero_grad()
             loss_g.backward()

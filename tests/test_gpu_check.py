@@ -1,0 +1,64 @@
+"""benchmarks/gpu_check.py on a CPU, as small as it can be: that it runs, and that a comparison can fail."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import fit_latent
+import util
+from benchmarks import gpu_check
+
+
+def test_it_runs_and_writes_both_files(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "gpu_check.json").read_text())
+    names = " ".join(row["name"] for row in found["checks"])
+    words = (
+        "digits: training",
+        "pictures: training",
+        "digits: anomaly_score of the same z",
+        "pictures: A(x) after a search",
+    )
+    assert all(part in names for part in (*words, "D(G(z)) of a checkpoint", "killed after", "tensors that differ"))
+    assert all(row["holds"] and row["found"] == 0 for row in found["checks"])  # the CPU against itself
+    assert all(check in done.stdout for check in map(gpu_check.check_line, found["checks"]))
+    usual, *ours = found["search"]["loops"].values()
+    assert len(ours) == 2 * len({"fp32", found["auto_precision"]}) and usual["ratio"]["median"] == 1
+    assert all(row["seconds_for_10000_images"] == pytest.approx(10_000 / row["images_per_second"]) for row in ours)
+    (table,) = found["training"].values()
+    assert all(row["seconds_for_100_epochs_of_4000"] > 0 for row in table.values())
+    lines = (tmp_path / "gpu_check.md").read_text().splitlines()
+    assert sum(line.startswith("| ") for line in lines) == 3 + len(found["checks"]) + 1 + len(ours) + len(table)
+
+
+def test_what_does_not_hold_is_the_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A fault in one part does not keep the others from their figures, and a number that is none does not hold."""
+    calls = []
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("this GPU\ncannot do it")
+
+    monkeypatch.setattr(gpu_check, "time_search", broken)
+    monkeypatch.setattr(gpu_check, "time_training", lambda findings, *_: calls.append(findings))
+    config = gpu_check.Config(("search", "training"), quick=True, out=tmp_path, device="cpu")
+    with pytest.raises(util.InputError, match="1 of 1 comparisons do not hold: search runs"):
+        gpu_check.main(config)
+    assert len(calls) == 1 and "cannot do it" in capfd.readouterr().err  # the traceback
+    (row,) = json.loads((tmp_path / "gpu_check.json").read_text())["checks"]
+    assert not row["holds"] and row["reason"] == "RuntimeError: this GPU"
+    calls[0].check("too far", 2.0, 1.0, "it is")
+    assert [row["holds"] for row in calls[0].checks] == [False, False]
+    assert "| too far | **no** | 2 | 1 | it is |" in (tmp_path / "gpu_check.md").read_text()
+
+
+def test_timed_searches_are_ours() -> None:
+    assert gpu_check.Sizes().timed_steps == fit_latent.Config().steps
+    assert gpu_check.Sizes().candidates == fit_latent.Config().candidates
