@@ -51,22 +51,24 @@ def take_turns(
     """
     flop = {name: count_flop(work) / image_steps for name, (work, image_steps, _) in rows.items()}
     times: dict[str, list[float]] = {name: [] for name in rows}
-    peaks: dict[str, list[float]] = {precision: [] for _, _, precision in rows.values()}
+    peaks: dict[str, list[dict[str, float]]] = {precision: [] for _, _, precision in rows.values()}
     for _ in tqdm(range(repeats), "turns", leave=False):
         for precision, measured in peaks.items():
-            measured.append(max(peak_flop_rates(precision, device).values()))
+            measured.append(peak_flop_rates(precision, device))
         for name, (work, image_steps, _) in rows.items():
             times[name].append(timed(work, device)[0] / image_steps)
     usual = next(iter(times.values()))
     table = {}
     for name, values in times.items():
-        peak, rate = statistics.median(peaks[rows[name][2]]), flop[name] / statistics.median(values)
+        measured, rate = peaks[rows[name][2]], flop[name] / statistics.median(values)
+        peak = {kind: statistics.median(rates[kind] for rates in measured) for kind in measured[0]}
         table[name] = {
             "ms_per_image_step": spread([1e3 * value for value in values]),
             "gflop_per_image_step": flop[name] / 1e9,
             "gflop_per_second": rate / 1e9,
-            "peak_gflop_per_second": peak / 1e9,
-            "share_of_peak": rate / peak,
+            "peak_gflop_per_second": max(peak.values()) / 1e9,
+            "share_of_peak": rate / max(peak.values()),
+            "share_of_convolution_peak": rate / peak["convolution"],
             "ratio": spread([theirs / ours for theirs, ours in zip(usual, values, strict=True)]),
         }
     return table
