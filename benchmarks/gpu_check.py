@@ -13,6 +13,7 @@ exit code is 1 if a comparison does not hold. What the scripts print goes to std
 
 import contextlib
 import copy
+import math
 import os
 import shutil
 import signal
@@ -95,7 +96,8 @@ class Findings:
 
     def check(self, name: str, found: float, limit: float, reason: str) -> None:
         """Keep and print a comparison: it holds if `found` is a number of at most `limit`."""
-        row = {"name": name, "holds": bool(found <= limit), "found": found, "limit": limit, "reason": reason}
+        number = float(found) if math.isfinite(found) else None  # JSON has no others
+        row = {"name": name, "holds": bool(found <= limit), "found": number, "limit": limit, "reason": reason}
         self.checks.append(row)
         print(check_line(row), flush=True)
         self.write()
@@ -105,14 +107,19 @@ class Findings:
         files.make_folder(self.out)
         content = {**self.about, "checks": self.checks, **self.tables}
         files.write_json(self.out / "gpu_check.json", content)
-        with files.replacing(self.out / "gpu_check.md") as partial_file:
-            partial_file.write_text(to_markdown(content), encoding="utf-8")
+        with files.replacing(self.out / "gpu_check.md") as path:
+            path.write_text(to_markdown(content), encoding="utf-8")
 
 
 def check_line(row: dict[str, Any]) -> str:
     """A comparison in a line."""
     verdict = "holds" if row["holds"] else "FAILS"
-    return f"{verdict}: {row['name']}: {row['found']:.3g}, at most {row['limit']:.3g} ({row['reason']})"
+    return f"{verdict}: {row['name']}: {found_in(row)}, at most {row['limit']:.3g} ({row['reason']})"
+
+
+def found_in(row: dict[str, Any]) -> str:
+    """What a comparison found, as it is shown."""
+    return "no number" if row["found"] is None else f"{row['found']:.3g}"
 
 
 def main(config: Config) -> None:
@@ -151,7 +158,7 @@ def named_fault(findings: Findings, what: str) -> Iterator[None]:
         yield
     except Exception as error:
         traceback.print_exc()
-        findings.check(f"{what} runs", float("nan"), 0.0, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        findings.check(f"{what} runs", math.nan, 0.0, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
 
 
 def make_pictures(folder: Path, sizes: Sizes) -> None:
@@ -500,7 +507,7 @@ def to_markdown(content: dict[str, Any]) -> str:
         lines += ["| comparison | holds | found | at most | because |", "|---|---|---|---|---|"]
         for row in content["checks"]:
             holds = "yes" if row["holds"] else "**no**"
-            lines.append(f"| {row['name']} | {holds} | {row['found']:.3g} | {row['limit']:.3g} | {row['reason']} |")
+            lines.append(f"| {row['name']} | {holds} | {found_in(row)} | {row['limit']:.3g} | {row['reason']} |")
         lines.append("")
     tables = {"search": content["search"]["loops"]} if "search" in content else {}
     tables |= {f"training, {name}": table for name, table in content.get("training", {}).items()}
