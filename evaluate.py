@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 
 import util
@@ -51,7 +50,7 @@ class Config:
     bootstrap: int = 1000  # resamples behind each 95% interval
     batch_size: int = 256  # images that go through the networks at once
     seed: int = 0  # of the bootstrap
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda, cuda:1, cpu, ...
+    device: str = "auto"  # cuda, cuda:1, mps, cpu, ...; auto: the first there is of cuda, mps and cpu
     max_megapixels: float | None = None  # larger pictures are refused; by default as in training
     skip_unreadable: bool = False  # go on without the images that cannot be read, where nothing was searched
 

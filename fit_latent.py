@@ -57,7 +57,7 @@ class Config:
     batch_size: int | None = None  # images at once, by default 64 on a CPU and 512 on a GPU
     shard_size: int = 1024  # images or patches between two writes: what a crash can cost each process
     seed: int = 0  # of the candidates and of the choice of --max-images
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda, cuda:1, cpu, ...
+    device: str = "auto"  # cuda, cuda:1, mps, cpu, ...; auto: the first there is of cuda, mps and cpu
     precision: util.Precision = "auto"  # of the steps; auto: bf16 where the hardware has it natively
     max_megapixels: float | None = None  # larger pictures are refused; by default as in training
     skip_unreadable: bool = False  # go on without the images that cannot be read
@@ -166,7 +166,7 @@ def main(config: Config) -> dict[str, dict[str, Any]]:
         precision = util.pick_precision(config.precision, device)
         print(
             f"run: {run_dir}   normal class: {gan.normal_class}   epochs: {gan.epoch:.4g}   "
-            f"device: {device}, {precision}   processes: {processes.count()}"
+            f"device: {util.in_words(device, precision)}   processes: {processes.count()}"
         )
         settings = {name: getattr(config, name) for name in SEARCH_SETTINGS} | {"precision": precision}
         settings["stride"] = stride_of(gan, config.stride)

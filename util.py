@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import distributed
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 from torch.optim import Optimizer
 
@@ -72,10 +73,18 @@ def seed_of(seed: int, *place: int) -> int:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name (cpu, cuda, cuda:1, ...); `cuda` under torchrun is the GPU that belongs to this process.
+    """The device of that name: auto, cuda, cuda:1, mps, cpu, ...; `auto` is the first there is of cuda, mps and cpu.
 
-    Raises InputError if this machine does not have it.
+    Under torchrun `cuda` is the GPU that belongs to this process. Raises InputError if this machine does not have the
+    device, or if it is a numbered GPU under torchrun, which all processes would share.
     """
+    with_torchrun = distributed.is_available() and distributed.is_torchelastic_launched()
+    if name == "auto":
+        # processes cannot average gradients on mps
+        on_mac = torch.backends.mps.is_available() and not with_torchrun
+        name = "cuda" if torch.cuda.is_available() else "mps" if on_mac else "cpu"
+    if with_torchrun and name.startswith("cuda:"):
+        raise InputError(f"--device {name} would put every process of torchrun on one GPU: use --device cuda")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -84,7 +93,10 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name} cannot be used here ({reason}); --device cpu always works") from error
-    if device.type == "cuda":  # or the same command would end in other weights, in fp32 at least
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams, graphs and nccl go by it
+        # or the same command would end in other weights, in fp32 at least; for this reason cudnn.benchmark stays off
+        # too: of two deterministic algorithms it chooses the one that happened to be faster
         torch.backends.cudnn.deterministic = True
     return device
 
@@ -142,6 +154,12 @@ def captured(step: Callable[[], None], device: torch.device) -> Callable[[], Non
         graph.replay()
 
     return call
+
+
+def in_words(device: torch.device, precision: str) -> str:
+    """A device and what `pick_precision` chose on it, for the first line that a script prints."""
+    is_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    return f"{device}, {precision}{' (no fast bf16 on this GPU)' if is_old else ''}"
 
 
 # ---- clear errors ---------------------------------------------------------------------------------------------------

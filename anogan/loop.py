@@ -110,7 +110,7 @@ class Loop:
         seen = f", {patches} patches of {side}x{side} an epoch" if training.pictures.view.has_patches else ""
         print(
             f"run: {training.path.parent}   normal class: {settings['normal_class']} ({count} images{seen})   "
-            f"device: {training.device}, {settings['precision']}   processes: {settings['processes']}"
+            f"device: {util.in_words(training.device, settings['precision'])}   processes: {settings['processes']}"
         )
         processes.check_agreement(training_so_far=(settings, self._go_on()))
         self._saved, self._saved_at = self._step, time.monotonic()

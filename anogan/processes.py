@@ -30,7 +30,6 @@ def join(device: torch.device) -> Iterator[None]:
     backend = "gloo"
     if device.type == "cuda":
         backend = "cpu:gloo,cuda:nccl"  # gloo for tensors on the CPU, nccl for gradients
-        torch.cuda.set_device(device)
     distributed.init_process_group(backend, timeout=PATIENCE)
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):

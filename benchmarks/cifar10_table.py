@@ -63,7 +63,7 @@ class Config:
     ngf: int = 32  # width of the networks, for ndf too
     epochs: int = 45  # of the GAN; at 15 and 45 the cosine of the step size has just come down
     folder: Path = Path("outputs/table")  # of the run folders
-    device: str = fit_latent.Config().device  # cuda, cuda:1, cpu, ...
+    device: str = fit_latent.Config().device  # auto, cuda, cuda:1, mps, cpu, ...
 
 
 def run(command: str, run_dir: Path, *flags: object) -> None:

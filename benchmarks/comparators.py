@@ -44,7 +44,7 @@ REPEATS = 5  # of the timing of what needs no search
 class Config:
     run_dirs: Annotated[tuple[Path, ...], tyro.conf.Positional]  # finished run folders
     images: int = 1000  # of the test split, every class in its proportion: what the scores are timed on
-    device: str = fit_latent.Config().device  # cuda, cuda:1, cpu, ...
+    device: str = fit_latent.Config().device  # auto, cuda, cuda:1, mps, cpu, ...
 
 
 def read_run(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:

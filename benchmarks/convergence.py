@@ -31,7 +31,7 @@ class Config:
     steps: tuple[int, ...] = (0, 25, 50, 100, 200, 400)  # every number of steps is a search of its own
     lr: tuple[float, ...] = (2e-4, 0.05, 0.1, 0.2, 0.4, 0.8)  # Adam's largest step sizes
     seed: int = 0  # of the starting latents
-    device: str = OURS.device  # cuda, cuda:1, cpu, ...
+    device: str = OURS.device  # auto, cuda, cuda:1, mps, cpu, ...
 
 
 def main(config: Config) -> None:

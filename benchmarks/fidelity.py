@@ -30,7 +30,7 @@ class Config:
     full_steps: int = 1000  # of the search that the others are compared with
     steps: tuple[int, ...] = (25, 50, OURS.steps, 200)  # of the others
     seed: int = 0  # of the candidates and of the choice of images
-    device: str = OURS.device  # cuda, cuda:1, cpu, ...
+    device: str = OURS.device  # auto, cuda, cuda:1, mps, cpu, ...
 
 
 def main(config: Config) -> None:

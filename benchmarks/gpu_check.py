@@ -53,7 +53,7 @@ class Config:
     parts: tuple[Part, ...] = get_args(Part)
     quick: bool = False  # networks and pictures so small that a CPU takes seconds
     out: Path = measure.RESULTS  # the folder to write to
-    device: str = fit_latent.Config.device  # cuda, cuda:1, cpu, ...
+    device: str = fit_latent.Config.device  # auto, cuda, cuda:1, mps, cpu, ...
 
 
 @dataclass(frozen=True)

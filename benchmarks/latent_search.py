@@ -35,7 +35,7 @@ USUAL_STEPS, USUAL_LR = 401, 2e-4
 @dataclass
 class Config:
     run_dir: Path | None = None  # the run to use; by default the one trained last
-    images: int = 512 if OURS.device == "cuda" else 64  # validation normals that our search takes at once
+    images: int = 512 if torch.cuda.is_available() else 64  # validation normals that our search takes at once
     usual_images: int = 3  # the first of them, which the usual loop searches too, with each step size
     usual_tuned_lr: float = 0.2  # the step size that suits the usual loop's 401 steps best (docs/experiments.md)
     steps: tuple[int, ...] = (0, 25, 50, 100, 150, 200, 250)  # searches of ours to compare with the usual loop's
@@ -43,7 +43,7 @@ class Config:
     reference_images: int = 16  # the first of them, searched for --reference-steps
     reference_steps: int = 1000  # what the loss of fewer steps is compared with
     repeats: int = 5  # of the timing of single steps
-    device: str = OURS.device  # cuda, cuda:1, cpu, ...
+    device: str = OURS.device  # auto, cuda, cuda:1, mps, cpu, ...
 
 
 def usual_search(

@@ -44,7 +44,7 @@ class Config:
     steps: int = 4  # steps of each loop before the next one's turn
     repeats: int = 5  # turns
     seed: int = 0  # of the first weights, the order of the images and the latents
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda, cuda:1, cpu, ...
+    device: str = "auto"  # cuda, cuda:1, mps, cpu, ...; auto: the first there is of cuda, mps and cpu
     name: str = "training"  # of the files it writes
 
 

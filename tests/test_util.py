@@ -223,3 +223,35 @@ def test_a_path_as_a_shell_reads_it(name: str) -> None:
 def test_printable_by_hand() -> None:
     assert util.printable("é 写\\n") == "é 写\\n"
     assert util.printable("a\nb\x1b\udcff") == "a\\nb\\x1b\\udcff"
+
+
+def test_the_device_that_auto_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert util.pick_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(InputError, match="--device mps cannot be used here"):  # it was chosen, but is not here
+        util.pick_device("auto")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert util.pick_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(InputError, match="--device cuda:3 cannot be used here"):  # this process's own
+        util.pick_device("auto")
+
+
+def test_processes_do_not_share_a_numbered_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="--device cuda:0 cannot be used here"):
+        util.pick_device("cuda:0")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with pytest.raises(InputError, match="cuda:0 would put every process of torchrun on one GPU: use --device cuda"):
+        util.pick_device("cuda:0")
+
+
+def test_a_gpu_without_bf16_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Ampere the precision is fp32; the first line that a script prints says why."""
+    gpu = torch.device("cuda", 0)
+    for capability, precision, words in (((8, 0), "bf16", "cuda:0, bf16"), ((7, 5), "fp32", "cuda:0, fp32 (no fast")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert util.pick_precision("auto", gpu) == precision
+        assert util.in_words(gpu, precision).startswith(words)
+    assert util.in_words(torch.device("cpu"), "fp32") == "cpu, fp32"
