@@ -31,7 +31,7 @@ from torch.optim import Adam
 
 import util
 from anogan import images, processes, reconstruction, runs
-from anogan.latents import Latents, check_same_search, stride_of
+from anogan.latents import Latents, batch_and_shard, check_same_search, stride_of
 from detectors import f_anogan
 from network import Discriminator, Generator
 
@@ -55,7 +55,7 @@ class Config:
     init: Literal["candidates", "encoder"] = "candidates"  # where a search starts: the nearest candidate, or E(x)
     candidates: int = 4000  # generated images; a search starts at the nearest of them; 1: the same start for all
     batch_size: int | None = None  # images at once, by default 64 on a CPU and 512 on a GPU
-    shard_size: int = 1024  # images or patches between two writes: what a crash can cost each process
+    shard_size: int = 1024  # images or patches between two writes, what a crash can cost each process: whole batches
     seed: int = 0  # of the candidates and of the choice of --max-images
     device: str = "auto"  # cuda, cuda:1, mps, cpu, ...; auto: the first there is of cuda, mps and cpu
     precision: util.Precision = "auto"  # of the steps; auto: bf16 where the hardware has it natively
@@ -178,14 +178,14 @@ def main(config: Config) -> dict[str, dict[str, Any]]:
         if config.images is not None:
             check_same_search(gan, settings)
 
-        todos = []
+        todos, (batch_size, shard_size) = [], batch_and_shard(config.batch_size, config.shard_size, device)
         for split in config.splits if config.images is None else ("images",):
             image_set = chosen_images(gan, split, config)
             if image_set is not None:
-                todos.append(Latents(gan, image_set, split, settings, config.shard_size, config.skip_unreadable))
+                todos.append(Latents(gan, image_set, split, settings, shard_size, config.skip_unreadable))
         shares = processes.from_all(sum(todo.missing for todo in todos))  # what each process has to search
         for todo in todos:
-            for patches, x in todo.missing_batches(config.batch_size or (512 if device.type == "cuda" else 64)):
+            for patches, x in todo.missing_batches(batch_size):
                 z = nearest(x, candidates()) if encoder is None else encoder.network(x)
                 since, after_step = time.monotonic(), partial(todo.advance, len(x) / config.steps)
                 todo.add(patches, *search((gan.generator, gan.discriminator), x, z, config, after_step))
@@ -236,8 +236,7 @@ def chosen_images(gan: runs.TrainedGAN, split: str, config: Config) -> images.Im
     if config.max_images is not None:
         image_set = image_set.take(images.stratified_subset(image_set.label, config.max_images, config.seed))
     if len(image_set) == 0 and config.splits == Config.splits:
-        if processes.rank() == 0:
-            print(f"{gan.dataset} has no {split} pictures: none are searched")
+        print(f"{gan.dataset} has no {split} pictures: none are searched")
         return None
     if len(image_set) == 0:
         raise util.InputError(f"the split {split} of {gan.dataset} holds no images: choose other --splits")

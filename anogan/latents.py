@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
@@ -117,7 +118,7 @@ class Latents:
         arrays = {name: values.numpy() for name, values in found.items()}
         self._found.append(arrays | {"row": some.row, "top": some.corners[:, 0], "left": some.corners[:, 1]})
         weight = self._search["discrimination_weight"]
-        self._loss_sum += anomaly_score(residual, discrimination, weight).sum().item()
+        self._loss_sum += float(anomaly_score(arrays["residual"], arrays["discrimination"], weight).sum())
         self._searched += len(some)
         self._bar.set_postfix_str(f"mean loss {self._loss_sum / self._searched:.1f}", refresh=False)
 
@@ -214,6 +215,15 @@ def stride_of(gan: runs.TrainedGAN, stride: int | None = None) -> int | None:
     if not 1 <= stride <= gan.image_size:
         raise InputError(f"--stride must lie between 1 and the side of a patch, {gan.image_size}, not {stride}")
     return stride
+
+
+def batch_and_shard(batch_size: int | None, shard_size: int, device: torch.device) -> tuple[int, int]:
+    """Images at once, by default as many as suit the device; and images between two writes.
+
+    The latter are a multiple of the former, if need be more than asked for: the end of a shard would cut batches.
+    """
+    batch_size = batch_size or min(512 if device.type == "cuda" else 64, shard_size)
+    return batch_size, math.ceil(shard_size / batch_size) * batch_size
 
 
 def whole_pictures(counts: np.ndarray, shard_size: int) -> list[range]:

@@ -112,7 +112,7 @@ def load(
 
     if path is not None:
         before = kept()
-        if not any(processes.any_process(before is None)):
+        if not any(processes.largest(before is None)):
             return before
     seen = replace(view, channels=3) if find_channels else view
     try:

@@ -52,13 +52,13 @@ def count() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
-def any_process(*flags: bool) -> list[bool]:
-    """For each flag, whether it is set in this process or in any other. Every process must ask."""
+def largest(*numbers: float) -> list[float]:
+    """The largest of all processes' values of each number. Every process must ask."""
     if not distributed.is_initialized():
-        return list(flags)
-    numbers = torch.tensor(flags, dtype=torch.int32)
-    distributed.all_reduce(numbers, distributed.ReduceOp.MAX)
-    return numbers.bool().tolist()
+        return list(numbers)
+    found = torch.tensor(numbers, dtype=torch.float64)
+    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    return found.tolist()
 
 
 def from_all(value: Any) -> list[Any]:

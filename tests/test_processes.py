@@ -4,6 +4,7 @@ import copy
 import math
 import shutil
 import signal
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
@@ -138,6 +139,25 @@ def test_training_together_goes_on_after_a_stop(together: Path, tmp_path: Path) 
     done = run_together(tmp_path, *command)
     assert [code for code, _ in done] == [0, 0], done
     assert_same_training(tmp_path / RUN, together)
+
+
+@pytest.mark.parametrize(("seconds", "questions"), [(0.3, range(1, 61, 4)), (0.001, [1, 51]), (5, range(1, 61))])
+def test_how_often_processes_ask(tmp_path: Path, seconds: float, questions: Iterable[int]) -> None:
+    """With steps of so many seconds: once a second, every 50 steps at least, and never more than once a step."""
+    launch = tmp_path / "launch.py"
+    launch.write_text(
+        "import os, sys; from types import SimpleNamespace; from conftest import run_main; from anogan import loop\n"
+        "asked, largest, clock = [], loop.processes.largest, [0.0]\n"
+        "def agree(self, agree=loop.Loop._agree):\n"
+        f"    clock[0] += {seconds}\n"
+        "    loop.processes.largest = lambda *numbers: asked.append(self._step) or largest(*numbers)\n"
+        "    return agree(self)\n"
+        "loop.Loop._agree, loop.time = agree, SimpleNamespace(monotonic=lambda: clock[0])\n"
+        "run_main(*sys.argv[1:])\n"
+        "print('asked at', asked, file=sys.stderr)\n"
+    )
+    for code, printed in run_together(tmp_path, str(launch), *TRAIN, "--epochs", "10", "--checkpoint-every", "1000"):
+        assert code == 0 and f"asked at {list(questions)}" in printed, printed
 
 
 def test_processes_that_disagree(tmp_path: Path) -> None:

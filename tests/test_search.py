@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 import fit_latent
 import util
 from anogan.images import stratified_subset, to_model
+from anogan.latents import batch_and_shard
 from fit_latent import Config, draw_candidates, nearest
 from network import Discriminator, Generator, fold_batchnorm
 
@@ -289,3 +290,18 @@ def test_a_step_is_itself_on_a_cpu() -> None:
         raise NotImplementedError
 
     assert util.captured(step, torch.device("cpu")) is step
+
+
+def test_a_shard_is_whole_batches() -> None:
+    """A shard of 1,024 images cut batches of 4,096 to 1,024, and of 600 to 600 and 424."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for asked, device, expected in (
+        ((None, 1024), cpu, (64, 1024)),
+        ((None, 1024), gpu, (512, 1024)),
+        ((4096, 1024), gpu, (4096, 4096)),
+        ((600, 1024), gpu, (600, 1200)),
+        ((7, 25), cpu, (7, 28)),
+        ((None, 20), cpu, (20, 20)),  # asked for: less at once than else
+        ((None, 100), cpu, (64, 128)),
+    ):
+        assert batch_and_shard(*asked, device) == expected
