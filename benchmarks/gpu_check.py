@@ -129,7 +129,8 @@ def main(config: Config) -> None:
     sizes = QUICK if config.quick else Sizes()
     best = util.pick_precision("auto", device)
     precisions = tuple(dict.fromkeys((best, "fp32")))  # bf16 first, where the hardware has it
-    findings = Findings(config.out, {**measure.about(device), "quick": config.quick, "auto_precision": best})
+    findings = Findings(config.out, {**measure.about(device), "quick": config.quick})
+    findings.about |= {"cudnn": torch.backends.cudnn.version(), "auto_precision": best}
     print(", ".join(f"{name} {value}" for name, value in findings.about.items()), flush=True)
     works = {"agreement": check_agreement, "search": time_search, "training": time_training, "scripts": time_scripts}
     # figures that nobody looks at would take longer than the networks
@@ -348,9 +349,7 @@ def time_search(
         runs.freeze(network, device)
     x = torch.rand(max(sizes.search_batches), 3, sizes.image_size, sizes.image_size, device=device) * 2 - 1
     x = x.contiguous(memory_format=torch.channels_last)
-    seconds, candidates = measure.timed(
-        partial(fit_latent.draw_candidates, generator, training.LATENT_DIM, sizes.candidates, seed=0), device
-    )
+    candidates = fit_latent.draw_candidates(generator, training.LATENT_DIM, sizes.candidates, seed=0)
 
     def ours(batch: int, precision: str, steps: int = sizes.timed_steps) -> tuple[torch.Tensor, ...]:
         config = fit_latent.Config(precision=precision, steps=steps)
@@ -361,31 +360,21 @@ def time_search(
         for precision in precisions:
             with named_fault(findings, f"a search as a CUDA graph, {precision}"):
                 compare_graphs(findings, partial(ours, min(sizes.search_batches), precision), precision)
-    usual_steps = 25
-    usual_work = partial(latent_search.usual_search, *usual, x[:1].contiguous(), usual_steps, lr=2e-4, seed=0)
-    turns: dict[str, tuple[Callable[[], object], int, str]] = {"usual loop": (usual_work, usual_steps, "fp32")}
+    tables = findings.tables["search"] = {}
+    usual_work = partial(latent_search.usual_search, *usual, x[:1].contiguous(), 25, lr=2e-4, seed=0)
     for batch in sizes.search_batches:
-        for precision in precisions:
-            work, image_steps = partial(ours, batch, precision), batch * sizes.timed_steps
-            for kind, inside in graph_kinds(device).items():
-                name = f"{batch} images, {precision}{kind}"
-                turns[name] = (partial(within, inside, work), image_steps, precision)
-    if (
-        device.type == "cuda"
-    ):  # what it costs that cuDNN may choose deterministic algorithms only, and does not try them
-        batch = sizes.search_batches[len(sizes.search_batches) // 2]
-        for kind, inside in cudnn_kinds().items():
-            name = f"{batch} images, {precisions[0]}, graph{kind}"
-            work = partial(within, inside, partial(ours, batch, precisions[0]))
-            turns[name] = (work, batch * sizes.timed_steps, precisions[0])
-    table = measure.take_turns(turns, sizes.repeats, device)
-    for row in table.values():
-        per_image = row["ms_per_image_step"]["median"] / 1e3 * fit_latent.Config.steps
-        row["images_per_second"] = 1 / per_image
-        row["seconds_for_10000_images"] = 10_000 * per_image
-    measure.print_turns(table)
-    findings.tables["search"] = {"seconds_to_draw_candidates": seconds, "loops": table}
-    findings.write()
+        turns: dict[str, tuple[Callable[[], object], int, str]] = {"usual loop, one image": (usual_work, 25, "fp32")}
+        kinds = [(precision, *kind) for precision in precisions for kind in graph_kinds(device).items()]
+        if device.type == "cuda" and batch == sizes.search_batches[1]:
+            kinds += [(precisions[0], *kind) for kind in cudnn_kinds(", graph").items()]
+        for precision, kind, inside in kinds:
+            work = partial(within, inside, partial(ours, batch, precision))
+            turns[f"ours, {precision}{kind}"] = (work, batch * sizes.timed_steps, precision)
+        table = measure.take_turns(turns, sizes.repeats, device)
+        for row in table.values():
+            row["images_per_second"] = 1e3 / row["ms_per_image_step"]["median"] / fit_latent.Config.steps
+            row["seconds_for_10000_images"] = 10_000 / row["images_per_second"]
+        keep_table(findings, tables, f"batches of {batch}", table)
 
 
 def graph_kinds(device: torch.device) -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
@@ -394,12 +383,12 @@ def graph_kinds(device: torch.device) -> dict[str, Callable[[], contextlib.Abstr
     return kinds | {", graph": contextlib.nullcontext} if device.type == "cuda" else kinds
 
 
-def cudnn_kinds() -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
+def cudnn_kinds(before: str = "") -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
     """By what is added to a row's name: other ways for cuDNN to choose than ours, deterministic and without a trial."""
     return {
-        ", cudnn.benchmark": partial(cudnn, benchmark=True, deterministic=True),
-        ", not deterministic": partial(cudnn, benchmark=False, deterministic=False),
-        ", cudnn.benchmark, not deterministic": partial(cudnn, benchmark=True, deterministic=False),
+        f"{before}, cudnn.benchmark": partial(cudnn, benchmark=True, deterministic=True),
+        f"{before}, not deterministic": partial(cudnn, benchmark=False, deterministic=False),
+        f"{before}, cudnn.benchmark, not deterministic": partial(cudnn, benchmark=True, deterministic=False),
     }
 
 
@@ -462,10 +451,7 @@ def time_training(
         for row in table.values():
             row["images_per_second"] = 1e3 / row["ms_per_image_step"]["median"]
             row["seconds_for_100_epochs_of_4000"] = 400_000 / row["images_per_second"]
-        print(f"batches of {batch}")
-        measure.print_turns(table)
-        tables[f"batches of {batch}"] = table
-        findings.write()
+        keep_table(findings, tables, f"batches of {batch}", table)
 
 
 def time_scripts(
@@ -491,6 +477,14 @@ def time_scripts(
     findings.write()
 
 
+def keep_table(findings: Findings, tables: dict[str, Any], name: str, table: dict[str, dict]) -> None:
+    """Print a table of `measure.take_turns`, and write it among these."""
+    print(name)
+    measure.print_turns(table)
+    tables[name] = table
+    findings.write()
+
+
 def forget_peak_memory(device: torch.device) -> None:
     """What run.json says next of the most memory on a GPU counts from here."""
     if device.type == "cuda":
@@ -509,18 +503,17 @@ def to_markdown(content: dict[str, Any]) -> str:
             holds = "yes" if row["holds"] else "**no**"
             lines.append(f"| {row['name']} | {holds} | {found_in(row)} | {row['limit']:.3g} | {row['reason']} |")
         lines.append("")
-    tables = {"search": content["search"]["loops"]} if "search" in content else {}
-    tables |= {f"training, {name}": table for name, table in content.get("training", {}).items()}
-    for title, table in tables.items():
-        whole = "10,000 images in" if title == "search" else "100 epochs of 4,000 in"
-        shares = "share of the peak | of the convolutions' peak"
-        lines += ["", f"| {title} | images/s | times the usual loop | GFLOP/s | {shares} | {whole} |"]
-        lines.append("|---|---|---|---|---|---|---|")
+    tables = {(part, name): table for part in ("search", "training") for name, table in content.get(part, {}).items()}
+    for (part, name), table in tables.items():
+        whole = "10,000 images in" if part == "search" else "100 epochs of 4,000 in"
+        shares = "peak GFLOP/s | share of it | share of the convolutions' peak"
+        lines += ["", f"| {part}, {name} | images/s | times the usual loop | GFLOP/s | {shares} | {whole} |"]
+        lines.append("|---|---|---|---|---|---|---|---|")
         for name, row in table.items():
             seconds = row.get("seconds_for_10000_images") or row["seconds_for_100_epochs_of_4000"]
             lines.append(
                 f"| {name} | {row['images_per_second']:.4g} | {row['ratio']['median']:.3g} | "
-                f"{row['gflop_per_second']:.4g} | {row['share_of_peak']:.2f} | "
+                f"{row['gflop_per_second']:.4g} | {row['peak_gflop_per_second']:.4g} | {row['share_of_peak']:.2f} | "
                 f"{row['share_of_convolution_peak']:.2f} | {seconds:.4g} s |"
             )
     if "scripts" in content:

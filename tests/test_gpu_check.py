@@ -24,14 +24,19 @@ def test_it_runs_and_writes_both_files(tmp_path: Path) -> None:
     assert "D(G(z)) of a checkpoint" in names and "killed after" in names and "tensors that differ" in names
     assert all(row["holds"] and row["found"] == 0 for row in found["checks"])  # the CPU against itself
     assert all(check in done.stdout for check in map(gpu_check.check_line, found["checks"]))
-    usual, *ours = found["search"]["loops"].values()
-    assert len(ours) == 2 * len({"fp32", found["auto_precision"]}) and usual["ratio"]["median"] == 1
-    assert all(row["seconds_for_10000_images"] == pytest.approx(10_000 / row["images_per_second"]) for row in ours)
+    precisions = {"fp32", found["auto_precision"]}
+    for part, key, whole in (
+        ("search", "seconds_for_10000_images", 10_000),
+        ("training", "seconds_for_100_epochs_of_4000", 400_000),
+    ):
+        for table in found[part].values():
+            assert len(table) == 1 + len(precisions) and next(iter(table.values()))["ratio"]["median"] == 1
+            assert all(row[key] == pytest.approx(whole / row["images_per_second"]) for row in table.values())
     assert found["scripts"]["fit_latent.py"]["images"] == 10
-    (table,) = found["training"].values()
-    assert all(row["seconds_for_100_epochs_of_4000"] > 0 for row in table.values())
+    assert list(found["search"]) == ["batches of 2", "batches of 4"] and list(found["training"]) == ["batches of 4"]
     lines = (tmp_path / "gpu_check.md").read_text().splitlines()
-    assert sum(line.startswith("| ") for line in lines) == 4 + len(found["checks"]) + 1 + len(ours) + len(table) + 2
+    shown = [2 + len(table) for table in (found["checks"], *found["search"].values(), *found["training"].values())]
+    assert sum(line.startswith("|") for line in lines) == sum(shown) + 4
 
 
 def test_what_does_not_hold_is_the_exit_code(
