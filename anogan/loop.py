@@ -233,7 +233,7 @@ class Loop:
         steps = self._step - self._asked
         stop, due, seconds = processes.largest(bool(self._signals), is_due, (now - self._asked_at) / steps)
         self._asked, self._asked_at = self._step, now
-        self._next_question = self._step + min(50, int(1 / seconds) + 1)
+        self._next_question = self._step + max(1, round(1 / max(seconds, 0.02)))
         return stop > 0, due > 0
 
     def _read_recent(self) -> None:

@@ -141,7 +141,7 @@ def test_training_together_goes_on_after_a_stop(together: Path, tmp_path: Path) 
     assert_same_training(tmp_path / RUN, together)
 
 
-@pytest.mark.parametrize(("seconds", "questions"), [(0.3, range(1, 61, 4)), (0.001, [1, 51]), (5, range(1, 61))])
+@pytest.mark.parametrize(("seconds", "questions"), [(0.3, range(1, 61, 3)), (0.001, [1, 51]), (5, range(1, 61))])
 def test_how_often_processes_ask(tmp_path: Path, seconds: float, questions: Iterable[int]) -> None:
     """With steps of so many seconds: once a second, every 50 steps at least, and never more than once a step."""
     launch = tmp_path / "launch.py"
