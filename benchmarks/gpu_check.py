@@ -81,9 +81,25 @@ class Sizes:
     script_pictures: tuple[int, int] = (4000, 10_000)  # to train on, and to search
 
 
-QUICK = Sizes(4, 2, 12, 16, 10, 40, image_size=32, timed_width=4, search_batches=(2,), training_batches=(4,))
-QUICK = replace(QUICK, training_steps=1, candidates=20, timed_steps=5, repeats=1)
-QUICK = replace(QUICK, script_epochs=1, script_pictures=(20, 10), searched_sets=("pictures",))
+QUICK = Sizes(
+    width=4,
+    epochs=2,
+    killed_epochs=12,
+    searched_sets=("pictures",),
+    searched=16,
+    steps=10,
+    pictures=40,
+    image_size=32,
+    timed_width=4,
+    search_batches=(2,),
+    training_batches=(4,),
+    training_steps=1,
+    candidates=20,
+    timed_steps=5,
+    repeats=1,
+    script_epochs=1,
+    script_pictures=(20, 10),
+)
 
 
 @dataclass
