@@ -50,7 +50,7 @@ class Config:
     fresh: bool = False  # start over and replace cutpaste.pt, instead of continuing it
     tensorboard: bool = False  # also log the losses to tensorboard/ in the run folder, if tensorboard is installed
     seed: int = 0  # of the first weights, the order of the images and what is pasted
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda, cuda:1, cpu, ...
+    device: str = "auto"  # cuda, cuda:1, mps, cpu, ...; auto: the first there is of cuda, mps and cpu
     precision: util.Precision = "auto"  # of the convolutions; auto: bf16 where the hardware has it natively
     skip_unreadable: bool = False  # go on without the images that cannot be read
 
