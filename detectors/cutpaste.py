@@ -46,6 +46,7 @@ class Config:
     batch_size: int = 32  # images a step, each in three versions, in each process
     lr: float = 1e-3  # Adam's step size
     weight_decay: float = 1e-5  # Adam's pull of the weights towards 0
+    fade: float = 0.0  # pixels over which a piece fades at its edge; 13 for diffuse defects, as in X-rays
     checkpoint_every: str = "10m"  # how often to save cutpaste.pt and losses: minutes (10m) or steps (500)
     fresh: bool = False  # start over and replace cutpaste.pt, instead of continuing it
     tensorboard: bool = False  # also log the losses to tensorboard/ in the run folder, if tensorboard is installed
@@ -61,18 +62,24 @@ class Config:
 class CutPaste(nn.Module):
     """An image in [-1, 1] to three logits: is it as it was, has it a piece, has it a scar?
 
-    D's hidden layers, each rung with a second convolution, averaged over the image. Raises ValueError unless
-    `image_size` is a power of two from 32 up.
+    D's hidden layers, each rung with a second convolution, averaged over the image. They see the image twice: as it is,
+    and with its contrast normalised, in which a dark image has as much structure as a bright one. Raises ValueError
+    unless `image_size` is a power of two from 32 up.
     """
 
     def __init__(self, image_size: int = 64, image_channels: int = 3, ndf: int = 64) -> None:
         super().__init__()
-        self.body = downward_ladder(image_size, image_channels, ndf, deep=True)
+        self.body = downward_ladder(image_size, 2 * image_channels, ndf, deep=True)
         self.head = nn.Linear(ndf * channel_multipliers(image_size)[-1], VERSIONS)
+
+    def rungs(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """What each rung makes of images (N, image_channels, image_size, image_size) in [-1, 1], see `rung_outputs`."""
+        twice = torch.cat([x, contrast_normalised(x)], 1)  # (N, 2 image_channels, image_size, image_size)
+        return rung_outputs(self.body, twice.contiguous(memory_format=torch.channels_last))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images (N, image_channels, image_size, image_size) in [-1, 1] to logits (N, 3)."""
-        return self.head(self.body(x).mean((2, 3)))
+        return self.head(self.rungs(x)[-1].mean((2, 3)))
 
 
 def uniform(count: int, low: float, high: float, device: torch.device) -> torch.Tensor:
@@ -80,13 +87,14 @@ def uniform(count: int, low: float, high: float, device: torch.device) -> torch.
     return low + (high - low) * torch.rand(count, 1, 1, device=device)
 
 
-def pasted(x: torch.Tensor, is_scar: bool) -> torch.Tensor:
+def pasted(x: torch.Tensor, is_scar: bool, fade: float) -> torch.Tensor:
     """Images (N, C, H, H) in [-1, 1], each with a piece of itself or of the next one in another place, at random.
 
     A piece has 2% to 15% of the image's area; a scar is 3% to 12% of its side wide and 15% to 50% long, and turned.
-    Both are up to 0.6 of the image's standard deviations brighter or darker, with up to 30% more or less contrast.
+    Both are up to 0.6 of the image's standard deviations brighter or darker, with up to 30% more or less contrast. At
+    their edge they go from 90% to 10% within `fade` pixels.
     """
-    count, device = len(x), x.device
+    count, side, device = len(x), x.shape[-1], x.device
     if is_scar:
         half_width, half_height = uniform(count, 0.03, 0.12, device), uniform(count, 0.15, 0.5, device)
         angle = uniform(count, -torch.pi, torch.pi, device)
@@ -95,10 +103,13 @@ def pasted(x: torch.Tensor, is_scar: bool) -> torch.Tensor:
         half_width, half_height = (area * ratio).sqrt(), (area / ratio).sqrt()
         angle = torch.zeros(count, 1, 1, device=device)
     # coordinates from -1 to 1, as `grid_sample` has them; those of a pixel along and across the piece: (N, H, H)
-    axis = torch.linspace(-1, 1, x.shape[-1], device=device)
+    axis = torch.linspace(-1, 1, side, device=device)
     right, down = axis - uniform(count, -0.8, 0.8, device), axis[:, None] - uniform(count, -0.8, 0.8, device)
     across, along = right * angle.cos() + down * angle.sin(), down * angle.cos() - right * angle.sin()
-    is_inside = ((across.abs() < half_width) & (along.abs() < half_height))[:, None]
+    inwards = side / 2 * torch.stack([half_width - across.abs(), half_height - along.abs()])  # pixels (2, N, H, H)
+    # sigmoid(±2.2) is 90% and 10%
+    share = (inwards > 0).float() if fade == 0 else (4.4 / fade * inwards).sigmoid()
+    share = share.prod(0)[:, None]  # of the piece: (N, 1, H, H)
     is_other = torch.rand(count, 1, 1, 1, device=device) < 0.5
     source = torch.where(is_other, x.roll(1, 0), x)
     taken_at = [across + uniform(count, -0.8, 0.8, device), along + uniform(count, -0.8, 0.8, device)]
@@ -106,14 +117,13 @@ def pasted(x: torch.Tensor, is_scar: bool) -> torch.Tensor:
     mean, deviation = piece.mean((1, 2, 3), keepdim=True), x.std((1, 2, 3), keepdim=True)
     contrast, brightness = uniform(count, 0.7, 1.3, device)[..., None], uniform(count, -0.6, 0.6, device)[..., None]
     piece = contrast * (piece - mean) + mean + brightness * deviation
-    return torch.where(is_inside, piece, x).clamp(-1, 1)
+    return x.lerp(piece.clamp(-1, 1), share)
 
 
-def train(loop: Loop, cutpaste: nn.Module, optimizer: Adam) -> None:
+def train(loop: Loop, cutpaste: nn.Module, optimizer: Adam, fade: float) -> None:
     """Steps on batches (B, C, H, H) in [-1, 1], each image in three versions: as it is, with a piece, with a scar."""
     for x in loop:
-        versions = contrast_normalised(torch.cat([x, pasted(x, is_scar=False), pasted(x, is_scar=True)]))  # (3 B, ...)
-        versions = versions.contiguous(memory_format=torch.channels_last)
+        versions = torch.cat([x, pasted(x, is_scar=False, fade=fade), pasted(x, is_scar=True, fade=fade)])  # (3 B, ...)
         version = torch.arange(VERSIONS, device=x.device).repeat_interleave(len(x))  # (3 B,)
         with loop.autocast:
             logits = cutpaste(versions)  # (3 B, 3)
@@ -138,7 +148,7 @@ def load(gan: runs.TrainedGAN) -> runs.Trained:
 def own_loss(cutpaste: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """-log p(as it was), the network's loss on x: (N, C, H, H) in [-1, 1] to float64 (N,)."""
     # in float64, or a confident network would make ties at 0
-    return -cutpaste(contrast_normalised(x)).double().log_softmax(1)[:, 0]
+    return -cutpaste(x).cpu().double().log_softmax(1)[:, 0]
 
 
 def features(cutpaste: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,7 +157,7 @@ def features(cutpaste: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.
 
     As a whole: the last rung, averaged, which is what the head sees. Of a place: the last two rungs, at the finer grid.
     """
-    before, last = rung_outputs(cutpaste.body, contrast_normalised(x))[-2:]
+    before, last = cutpaste.rungs(x)[-2:]
     side = before.shape[-1]
     places = torch.cat([before, interpolate(last, (side, side), mode="bilinear")], 1)
     return last.mean((2, 3)), places
@@ -233,11 +243,12 @@ SCORES = (
 
 def main(config: Config) -> Path:
     """Check what was asked for, read the GAN's images, and train CutPaste; returns the run folder."""
+    util.check_at_least(config, 0, "fade")
     with detector_training(config, COMMAND, "cutpaste.pt", load, SAME) as (gan, training):
         cutpaste = build(gan).apply(initialise_weights)
         optimizer = prepare(cutpaste, training.config, gan.device)
         with Loop(training, {"cutpaste": cutpaste, "optimizer": optimizer}, CURVES) as loop:
-            train(loop, loop.share(cutpaste), optimizer)
+            train(loop, loop.share(cutpaste), optimizer, config.fade)
         if processes.rank() == 0:
             remember(gan, training.pictures)
         print(f"next: python evaluate.py --run-dir {util.quoted(gan.run_dir)} --score cutpaste")

@@ -50,7 +50,7 @@ def test_what_is_pasted(is_scar: bool) -> None:
     """A piece of 2% to 15% of the image, or a thin and long scar; all else stays, and the seed decides."""
     x = 2 * torch.rand(200, 1, 64, 64, generator=torch.Generator().manual_seed(0)) - 1
     torch.manual_seed(0)
-    found = cutpaste.pasted(x, is_scar)
+    found = cutpaste.pasted(x, is_scar, fade=0)
     changed = (found != x).float()
     shares = changed.mean((1, 2, 3))
     assert found.abs().max() <= 1 and shares.min() > 0
@@ -59,16 +59,41 @@ def test_what_is_pasted(is_scar: bool) -> None:
     fills = changed.sum((1, 2, 3)) / (rows * columns)[:, 0]
     assert (fills > 0.95).all() if not is_scar else (fills < 0.7).float().mean() > 0.5  # a turned one leaves corners
     torch.manual_seed(0)
-    assert torch.equal(found, cutpaste.pasted(x, is_scar))
+    assert torch.equal(found, cutpaste.pasted(x, is_scar, fade=0))
 
 
 def test_half_of_the_pieces_are_of_another_picture() -> None:
     x = torch.arange(100.0)[:, None, None, None].expand(100, 1, 32, 32) / 200  # each of one level of its own
     torch.manual_seed(0)
-    found = cutpaste.pasted(x, is_scar=False)  # no deviation: neither brightness nor contrast change
+    found = cutpaste.pasted(x, is_scar=False, fade=0)  # no deviation: neither brightness nor contrast change
     is_other = ((found - x.roll(1, 0)).abs() < 1e-6).flatten(1).any(1)
     assert 0.35 < is_other.float().mean() < 0.65
     assert ((found - x).abs() < 1e-6).flatten(1).float().mean(1)[~is_other].eq(1).all()
+
+
+def test_the_edge_of_a_piece_fades() -> None:
+    """A part of another picture of one level, pasted into black: each pixel is as bright as the piece's share of it."""
+    x = torch.tensor([-1.0, 0.5])[:, None, None, None].repeat(100, 1, 64, 64)
+    for fade in (0.0, 3.0, 6.0):
+        torch.manual_seed(0)
+        black = cutpaste.pasted(x, is_scar=False, fade=fade)[::2, 0]  # (100, 64, 64)
+        share = (black[black.amax((1, 2)) > 0.42] + 1) / 1.5
+        middle = share.flatten(1).argmax(1)
+        rows = share[torch.arange(len(share)), middle // 64]  # (N, 64) through the piece
+        edges = ((rows > 0.1) & (rows < 0.9)).sum(1)[(rows[:, 0] < 0.1) & (rows[:, -1] < 0.1)]  # both sides of a piece
+        assert len(edges) > 5 and abs(edges.float().median() - 2 * fade) <= 3, (fade, edges)
+
+
+def test_the_network_sees_brightness_and_contrast() -> None:
+    """It sees a darker image as another one, by the half of its input that is not normalised."""
+    torch.manual_seed(0)
+    network, x = cutpaste.CutPaste(32, 1, 4).eval(), torch.rand(1, 1, 32, 32) - 0.5
+    for darker in (x - 0.3, x / 2):
+        assert (network.rungs(darker)[0] - network.rungs(x)[0]).abs().max() > 1e-3
+    with torch.no_grad():
+        network.body[0].weight[:, 0] = 0  # of the image as it is
+    for darker in (x - 0.3, x / 2):
+        assert torch.allclose(network.rungs(darker)[0], network.rungs(x)[0], atol=1e-5)
 
 
 def test_distances_against_scipy() -> None:
