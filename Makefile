@@ -1,5 +1,7 @@
 # make demo      the three scripts on scikit-learn's digits: a first result in minutes, no download of data
 # make washers   the same on pictures with planted defects, and a verdict on new ones: docs/own-pictures.md
+# make magnetic-tile REAL=DIR   real defects on a surface; DIR holds magnetic_tile.tar.xz: docs/real-defects.md
+# make elpv      real defects of solar cells; installs the package elpv-dataset: docs/real-defects.md
 # make test      the test suite
 # make bench     the search and the training against the usual loops: two tables and two JSON files in under 10 minutes
 # make gpu-check whether a GPU is right, and how fast: a table and a JSON file in under 6 minutes
@@ -18,7 +20,7 @@ BENCH_DATA := --dataset digits
 # for the JPEG copy: make table TABLE="--dataset data/cifar10-jpeg --seeds 0 1 2"
 TABLE :=
 
-.PHONY: demo washers washers-grey test browser bench gpu-check table cifar10 lint clean
+.PHONY: demo washers washers-grey magnetic-tile elpv test browser bench gpu-check table cifar10 lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python train_gan.py --dataset digits --normal-class 1 --run-dir $(DEMO) \
@@ -43,6 +45,21 @@ washers washers-grey: $(VENV)/installed
 	$(BIN)/python evaluate.py --run-dir outputs/$@-good --score peak
 	$(BIN)/python fit_latent.py --run-dir outputs/$@-good --steps 50 --images data/$@/new
 	$(BIN)/python evaluate.py --run-dir outputs/$@-good --images data/$@/new
+
+# The GAN is not used for the scores of CutPaste: a small one, and one epoch, are enough
+magnetic-tile: $(VENV)/installed
+	test -d data/magnetic_tile || $(BIN)/python -m examples.magnetic_tile --archive $(REAL)/magnetic_tile.tar.xz
+	$(BIN)/python train_gan.py --dataset data/magnetic_tile --normal-class good --run-dir outputs/magnetic-tile-good \
+	    --group-by 'tile(\d+)' --picture-size 128 --image-size 64 --ngf 8 --epochs 1
+	$(BIN)/python -m detectors.cutpaste --run-dir outputs/magnetic-tile-good
+	$(BIN)/python evaluate.py --run-dir outputs/magnetic-tile-good --score cutpaste_peak
+
+elpv: $(VENV)/installed
+	test -d data/elpv-mono || { $(BIN)/pip install --quiet elpv-dataset && $(BIN)/python -m examples.elpv; }
+	$(BIN)/python train_gan.py --dataset data/elpv-mono --normal-class good --run-dir outputs/elpv-mono-good \
+	    --picture-size 128 --image-size 64 --ngf 8 --epochs 1
+	$(BIN)/python -m detectors.cutpaste --run-dir outputs/elpv-mono-good --epochs 45
+	$(BIN)/python evaluate.py --run-dir outputs/elpv-mono-good --score cutpaste_peak
 
 test: $(VENV)/installed-dev browser
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
