@@ -44,7 +44,7 @@ class Config:
     run_dir: Path | None = None  # the run to use; by default the one trained last
     dataset: str | None = None  # where the pictures of the run lie now, if they were moved
     images: tuple[str, ...] | None = None  # pictures without labels, as given to fit_latent.py: a verdict on each
-    score: str | None = None  # of the verdict: combined, else anomaly_score; with --images the one evaluated before
+    score: str | None = None  # of the verdict, see docs/scores.md; with --images by default the one evaluated before
     alpha: float = 0.05  # share of normal pictures that may be flagged: those whose p_value is at most this
     fdr: float | None = None  # or flag so that at most this share of the flags is false (Benjamini-Hochberg)
     bootstrap: int = 1000  # resamples behind each 95% interval
@@ -170,8 +170,12 @@ def judge_pictures(gan: runs.TrainedGAN, config: Config) -> dict[str, dict[str, 
 
 
 def default_score(run_dir: Path) -> str:
-    """What a verdict rests on if no score is named: `combined` if RotNet was trained, else the paper's A(x)."""
-    return "combined" if rotnet.ROTNET.is_there(run_dir, []) else "anomaly_score"
+    """What a verdict rests on if no score is named: `combined` if RotNet was trained, else the paper's A(x); but
+    `cutpaste` if that was trained and nothing was searched."""
+    if rotnet.ROTNET.is_there(run_dir, []):
+        return "combined"
+    is_searched = scores.LATENTS.is_there(run_dir, ["validation"])
+    return "cutpaste" if cutpaste.CUTPASTE.is_there(run_dir, []) and not is_searched else "anomaly_score"
 
 
 def check_both_kinds(test: ScoredSplit) -> None:

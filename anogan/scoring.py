@@ -63,7 +63,7 @@ class ScoredSplit:
     patch_counts: np.ndarray | None = None  # (N,) of how many patches a picture's scores are
     stride: int | None = None  # of these patches; None for whole pictures
     usual: UsualByMap = field(default_factory=dict)
-    map: HeatMap | None = None  # that is shown: of the score that the verdict rests on, else the first that there is
+    map: HeatMap | None = None  # that is shown: of the method that the verdict rests on, else the first that there is
     loaded: Any = None  # what the source of this map has loaded
 
     @property
@@ -184,16 +184,17 @@ def score_run(
     declared = declared_for(gan, declared)
     loaded, image_sets = _load_sources(gan, image_sets, declared, request)
     present = [score for score in declared if score.source in loaded]
-    if LATENTS not in loaded:
-        print("without difference maps, since these images were not searched: fit_latent.py does it")
     scored: dict[str, ScoredSplit] = {}
     stride = _stride(gan, loaded, normals)
     maps = list(dict.fromkeys(score.map for score in present if score.map is not None))
     usual = _usual(gan, image_sets["validation"], loaded, maps, stride, request) if normals is None else normals.usual
     if normals is not None:  # a map is read against that of the normals: without theirs there is none
         maps = [each for each in maps if peak_of(each, present) in normals.scores]
-    judged_by = next(score.map for score in declared if score.name == request.score)
-    shown = judged_by if judged_by in maps else next(iter(maps), None)
+    if not maps:
+        print("without heat maps, since these images were not searched: fit_latent.py does it")
+    judged_by = next(score.source for score in declared if score.name == request.score)
+    # the map of the method that the verdict rests on, else the first that there is
+    shown = next((each for each in maps if each.source is judged_by), next(iter(maps), None))
     for split, image_set in image_sets.items():
         found = loaded[LATENTS][split] if LATENTS in loaded else None
         searched = stride if found is None else found

@@ -40,7 +40,7 @@ def too_few_to_mark(alpha: float, normals: int) -> str:
     """A sentence for where `threshold` is infinite: so many normals cannot say which differences to mark."""
     needed = math.ceil(1 / alpha - 1e-9) - 1
     return (
-        f"no difference can be marked: --alpha {alpha:g} takes {needed} validation normals, and there are {normals}; "
+        f"nothing can be marked: --alpha {alpha:g} takes {needed} validation normals, and there are {normals}; "
         "train on more pictures, or raise --alpha"
     )
 

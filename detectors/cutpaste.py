@@ -8,7 +8,7 @@ What is added, torn or moved breaks the order of a normal surface, and so does a
 al. 2021). From gan.pt it takes the data set, the normal class and the sizes, no weights; nothing needs to be searched.
 Writes cutpaste.pt, cutpaste-losses.csv and .png to the run folder, and adds to its run.json. Stop it at any time: the
 same command continues from the last cutpaste.pt. evaluate.py then has the scores `pasted`, `cutpaste` and
-`cutpaste_peak`, and a heat map of the last. Next: python evaluate.py --score cutpaste
+`cutpaste_peak`, and a heat map. Next: python evaluate.py --score cutpaste
 """
 
 from collections.abc import Iterable

@@ -113,6 +113,10 @@ def test_it_finds_and_shows_what_was_moved_without_a_search(
     about = ["--picture-size", "own", "--normalise", "patch", *TINY, "--epochs", "1"]
     run_here("train_gan.py", "--dataset", str(stripes), "--normal-class", "good", "--run-dir", str(run_dir), *about)
     run_here("detectors.cutpaste", "--run-dir", str(run_dir), "--epochs", "15", "--batch-size", "8", *CPU)
+    run_here("evaluate.py", "--run-dir", str(run_dir), "--bootstrap", "20", *CPU)
+    printed, metrics = capsys.readouterr().out, json.loads((run_dir / "metrics.json").read_text())
+    assert metrics["threshold"]["score"] == "cutpaste"  # the one that needs no search
+    assert "without heat maps" not in printed
     run_here("evaluate.py", "--run-dir", str(run_dir), "--score", "cutpaste_peak", "--bootstrap", "20", *CPU)
     metrics = json.loads((run_dir / "metrics.json").read_text())
     auc = {name: metrics["test"][name]["roc_auc"] for name in ("pasted", "cutpaste", "cutpaste_peak")}
@@ -133,3 +137,10 @@ def test_it_finds_and_shows_what_was_moved_without_a_search(
         name = "test/moved/" + Path(row[0]).name
         assert float(row[names.index("cutpaste_peak")]) == pytest.approx(float(before[name]), rel=1e-4)
         assert (run_dir / "images-moved/heat" / f"{Path(row[0]).name}.png").is_file()
+
+    # after a search the map is still that of the method that the verdict rests on
+    moved.rename(stripes)
+    run_here("fit_latent.py", "--run-dir", str(run_dir), "--steps", "2", "--candidates", "8", *CPU)
+    for score, shown in (("cutpaste", "distance"), ("anomaly_score", "difference")):
+        run_here("evaluate.py", "--run-dir", str(run_dir), "--score", score, "--bootstrap", "20", *CPU)
+        assert json.loads((run_dir / "metrics.json").read_text())["pixels"]["map"] == shown

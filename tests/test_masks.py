@@ -291,7 +291,7 @@ def test_images_without_a_mask_are_left_out_and_counted(tmp_path: Path) -> None:
     assert found["regions_found"] is None
     lines = report.pixel_sentences({"pixels": found, "threshold": threshold}).splitlines()
     assert lines[0].startswith("heat maps against the masks of 3 images: pixel-level ROC-AUC 0.85")
-    assert lines[1].startswith("no difference can be marked: --alpha 0.05 takes 19 validation normals, and there are 4")
+    assert lines[1].startswith("nothing can be marked: --alpha 0.05 takes 19 validation normals, and there are 4")
     for path in (tmp_path / "ground_truth/bad").iterdir():
         path.unlink()
     found = pixel_metrics(split, 0.2, 0.5)

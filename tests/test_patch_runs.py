@@ -465,7 +465,7 @@ def test_pictures_without_a_search_have_the_patches_of_the_normals(
         run_here(*FIT, "--splits", "validation", "--stride", str(stride), "--steps", "1")
     normal = str(patch_workdir / "set/validation/good")
     run_here(*EVALUATE, "--images", normal, "--score", "p_d")
-    assert "without difference maps, since these images were not searched" in capsys.readouterr().out
+    assert "without heat maps, since these images were not searched" in capsys.readouterr().out
     folder = run_dir / "images-good"
     assert {path.name for path in folder.iterdir()} == {"scores.csv", "scores.png", "report.html"}
     rows, normals = read_verdicts(folder), np.load(run_dir / "validation-scores.npz")

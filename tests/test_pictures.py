@@ -183,7 +183,7 @@ def test_too_few_normals_flag_nothing_and_say_so(
     run_here("evaluate.py", "--images", "mine", "--alpha", "0.001", *CPU)
     printed = capsys.readouterr().out
     assert "nothing can be flagged at --alpha 0.001" in printed
-    assert "no difference can be marked: --alpha 0.001 takes 999 validation normals, and there are 27" in printed
+    assert "nothing can be marked: --alpha 0.001 takes 999 validation normals, and there are 27" in printed
     for flag in ("--alpha", "--fdr"):
         for share in ("0", "1", "nan"):
             assert f"{flag} must lie between 0 and 1" in fails("evaluate.py", flag, share)

@@ -39,7 +39,7 @@ def test_scores_that_need_no_z(
     before = {row["source"]: row for row in read_scores(unsearched)}
     run_here("evaluate.py", "--bootstrap", "5", *CPU)
     printed = capsys.readouterr().out
-    assert "without difference maps, since these images were not searched" in printed
+    assert "without heat maps, since these images were not searched" in printed
     assert "python evaluate.py --run-dir outputs/digits-0 --images PATH" in printed  # the command that works next
     metrics = json.loads((unsearched / "metrics.json").read_text())
     declared = [score for score in evaluate.SCORES if score.source is not cutpaste.CUTPASTE]  # not trained here
@@ -76,7 +76,7 @@ def test_own_pictures_without_a_search(
         digit(root / f"mine/five-{i}.png", 5, i)
     run_here("evaluate.py", "--images", "mine", "--score", "rotation", "--alpha", "0.1", *CPU)
     printed = capsys.readouterr().out
-    assert "without difference maps, since these images were not searched" in printed
+    assert "without heat maps, since these images were not searched" in printed
     assert "wrote outputs/digits-0" in printed
     folder = unsearched / "images-mine"
     rows = read_verdicts(folder)
@@ -97,7 +97,7 @@ def test_searched_run_and_pictures_that_were_not(
     message = fails("evaluate.py", "--images", "mine", *CPU)  # by anomaly_score, as the test images were
     assert "latents-images.npz is missing: run fit_latent.py" in message
     run_here("evaluate.py", "--images", "mine", "--score", "p_d", *CPU)
-    assert "without difference maps, since these images were not searched" in capsys.readouterr().out
+    assert "without heat maps, since these images were not searched" in capsys.readouterr().out
     assert "anomaly_score" not in read_verdicts(trained / "images-mine")["mine/a.png"]
 
 
