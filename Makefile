@@ -4,7 +4,7 @@
 # make elpv      real defects of solar cells; installs the package elpv-dataset: docs/real-defects.md
 # make test      the test suite
 # make bench     the search and the training against the usual loops: two tables and two JSON files in under 10 minutes
-# make gpu-check whether a GPU is right, and how fast: a table and a JSON file in under 6 minutes
+# make gpu-check whether a GPU is right, and how fast: a table and a JSON file in some minutes
 # make table     every class of CIFAR-10 in turn against the nine others: hours; goes on where it stopped
 # make cifar10   the three scripts with their defaults, on CIFAR-10
 # make lint      ruff

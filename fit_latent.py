@@ -54,8 +54,8 @@ class Config:
     discrimination_weight: float = 0.1  # lambda: the loss is (1 - lambda) residual + lambda discrimination
     init: Literal["candidates", "encoder"] = "candidates"  # where a search starts: the nearest candidate, or E(x)
     candidates: int = 4000  # generated images; a search starts at the nearest of them; 1: the same start for all
-    batch_size: int | None = None  # images at once, by default 64 on a CPU and 512 on a GPU
-    shard_size: int = 1024  # images or patches between two writes, what a crash can cost each process: whole batches
+    batch_size: int | None = None  # images at once, by default 512 on cuda, else 64; --shard-size at most
+    shard_size: int = 1024  # images or patches between two writes, rounded up to whole batches: a crash costs these
     seed: int = 0  # of the candidates and of the choice of --max-images
     device: str = "auto"  # cuda, cuda:1, mps, cpu, ...; auto: the first there is of cuda, mps and cpu
     precision: util.Precision = "auto"  # of the steps; auto: bf16 where the hardware has it natively

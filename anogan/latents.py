@@ -218,9 +218,9 @@ def stride_of(gan: runs.TrainedGAN, stride: int | None = None) -> int | None:
 
 
 def batch_and_shard(batch_size: int | None, shard_size: int, device: torch.device) -> tuple[int, int]:
-    """Images at once, by default as many as suit the device; and images between two writes.
+    """Images at once, by default as many as suit the device, and images between two writes: the size of a shard.
 
-    The latter are a multiple of the former, if need be more than asked for: the end of a shard would cut batches.
+    A shard is rounded up to whole batches, since no batch reaches over its end: a larger batch would be cut.
     """
     batch_size = batch_size or min(512 if device.type == "cuda" else 64, shard_size)
     return batch_size, math.ceil(shard_size / batch_size) * batch_size

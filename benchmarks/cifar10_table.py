@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 import tyro
 from sklearn.metrics import roc_auc_score
 
@@ -194,7 +193,7 @@ def main(config: Config) -> None:
                 continue
             run_dir = fit(config, name, seed)
             aucs, n_test = halves(run_dir)
-            hardware = measure.about(torch.device(config.device))["hardware"]
+            hardware = measure.about(util.pick_device(config.device))["hardware"]
             commits = sorted({str(of["git_commit"]) for of in runs.read_record(run_dir).values()})
             where = {"n_test": n_test, "hardware": hardware, "git_commit": " ".join(commits)}
             for method, (report, development) in aucs.items():

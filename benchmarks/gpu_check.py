@@ -1,4 +1,4 @@
-"""Is a GPU right, and how fast is it? One command of under 6 minutes, without a data set and without a network.
+"""Is a GPU right, and how fast is it? One command of some minutes, without a data set and without a download.
 
     make gpu-check
     python -m benchmarks.gpu_check --parts search --out /tmp/again    # one part only

@@ -241,10 +241,17 @@ SCORES = (
 )
 
 
+def check_fade(fade: float, gan: runs.TrainedGAN) -> None:
+    """Raise InputError if a piece would fade over more than the whole image: little of it would be left to see."""
+    if fade > gan.image_size:
+        raise util.InputError(f"--fade must be at most the side of what the network sees, {gan.image_size}, not {fade}")
+
+
 def main(config: Config) -> Path:
     """Check what was asked for, read the GAN's images, and train CutPaste; returns the run folder."""
     util.check_at_least(config, 0, "fade")
-    with detector_training(config, COMMAND, "cutpaste.pt", load, SAME) as (gan, training):
+    check = partial(check_fade, config.fade)
+    with detector_training(config, COMMAND, "cutpaste.pt", load, SAME, check) as (gan, training):
         cutpaste = build(gan).apply(initialise_weights)
         optimizer = prepare(cutpaste, training.config, gan.device)
         with Loop(training, {"cutpaste": cutpaste, "optimizer": optimizer}, CURVES) as loop:

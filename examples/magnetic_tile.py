@@ -7,6 +7,7 @@ lie close together. Each name gets its tile in front, tile007_exp1_num_1234.jpg,
 the pictures of a tile on one side, training or validation. Next: docs/real-defects.md
 """
 
+import lzma
 import re
 import shutil
 import tarfile
@@ -51,9 +52,16 @@ def main(config: Config) -> None:
         raise util.InputError(f"there is no {config.archive}: name the archive with --archive")
     partial = config.folder.with_name(f".partial-{config.folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
-    with tarfile.open(config.archive) as archive:
-        archive.extractall(partial, filter="data")
+    partial.mkdir(parents=True)
+    try:
+        with tarfile.open(config.archive) as archive:
+            archive.extractall(partial, filter="data")
+    except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise util.InputError(f"{config.archive} is damaged or no archive ({reason}): get it again") from error
     tile_of = tiles([path for path in partial.rglob("*") if path.suffix in (".jpg", ".png")])
+    if not tile_of:
+        raise util.InputError(f"{config.archive} holds no pictures: is it magnetic_tile.tar.xz?")
     for path, tile in tile_of.items():
         path.rename(path.with_name(f"tile{tile:03d}_{path.name}"))
     partial.rename(config.folder)

@@ -107,11 +107,17 @@ def test_distances_against_scipy() -> None:
 
 
 def test_it_finds_and_shows_what_was_moved_without_a_search(
-    stripes: Path, run_here: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stripes: Path,
+    run_here: Callable[..., None],
+    fails: Callable[..., str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run_dir = tmp_path / "run"
     about = ["--picture-size", "own", "--normalise", "patch", *TINY, "--epochs", "1"]
     run_here("train_gan.py", "--dataset", str(stripes), "--normal-class", "good", "--run-dir", str(run_dir), *about)
+    for fade, words in (("-1", "at least 0"), ("nan", "at least 0"), ("inf", "finite"), ("33", "at most the side")):
+        assert words in fails("detectors.cutpaste", "--run-dir", str(run_dir), "--fade", fade, *CPU)
     run_here("detectors.cutpaste", "--run-dir", str(run_dir), "--epochs", "15", "--batch-size", "8", *CPU)
     run_here("evaluate.py", "--run-dir", str(run_dir), "--bootstrap", "20", *CPU)
     printed, metrics = capsys.readouterr().out, json.loads((run_dir / "metrics.json").read_text())

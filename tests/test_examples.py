@@ -42,6 +42,15 @@ def test_magnetic_tile_puts_the_tile_into_each_name(
         magnetic_tile.main(magnetic_tile.Config(archive, folder))
     with pytest.raises(magnetic_tile.util.InputError, match="name the archive"):
         magnetic_tile.main(magnetic_tile.Config(tmp_path / "none.tar.xz", tmp_path / "other"))
+    whole, bad = archive.read_bytes(), tmp_path / "bad.tar.xz"
+    for content in (whole[: len(whole) // 2], whole[:100] + bytes(20) + whole[120:], b"no archive"):
+        bad.write_bytes(content)
+        with pytest.raises(magnetic_tile.util.InputError, match="is damaged or no archive"):
+            magnetic_tile.main(magnetic_tile.Config(bad, tmp_path / "other"))
+    tarfile.open(bad, "w:xz").close()
+    with pytest.raises(magnetic_tile.util.InputError, match="holds no pictures"):
+        magnetic_tile.main(magnetic_tile.Config(bad, tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
 
 
 def test_elpv_is_split(tmp_path: Path) -> None:

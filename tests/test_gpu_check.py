@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-import fit_latent
 import util
 from benchmarks import gpu_check
 
@@ -59,8 +58,3 @@ def test_what_does_not_hold_is_the_exit_code(
     calls[0].check("too far", 2.0, 1.0, "it is")
     assert [row["holds"] for row in calls[0].checks] == [False, False]
     assert "| too far | **no** | 2 | 1 | it is |" in (tmp_path / "gpu_check.md").read_text()
-
-
-def test_timed_searches_are_ours() -> None:
-    assert gpu_check.Sizes().timed_steps == fit_latent.Config().steps
-    assert gpu_check.Sizes().candidates == fit_latent.Config().candidates

@@ -301,7 +301,7 @@ def test_a_shard_is_whole_batches() -> None:
         ((4096, 1024), gpu, (4096, 4096)),
         ((600, 1024), gpu, (600, 1200)),
         ((7, 25), cpu, (7, 28)),
-        ((None, 20), cpu, (20, 20)),  # asked for: less at once than else
+        ((None, 20), cpu, (20, 20)),  # a small shard is one batch
         ((None, 100), cpu, (64, 128)),
     ):
         assert batch_and_shard(*asked, device) == expected
