@@ -114,7 +114,7 @@ def test_it_finds_and_shows_what_was_moved_without_a_search(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run_dir = tmp_path / "run"
-    about = ["--picture-size", "own", "--normalise", "patch", *TINY, "--epochs", "1"]
+    about = ["--picture-size", "own", *TINY, "--epochs", "1"]
     run_here("train_gan.py", "--dataset", str(stripes), "--normal-class", "good", "--run-dir", str(run_dir), *about)
     for fade, words in (("-1", "at least 0"), ("nan", "at least 0"), ("inf", "finite"), ("33", "at most the side")):
         assert words in fails("detectors.cutpaste", "--run-dir", str(run_dir), "--fade", fade, *CPU)
