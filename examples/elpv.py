@@ -9,7 +9,6 @@ is of is not known, so cells of one module lie on both sides. The pictures are C
 docs/real-defects.md
 """
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import tyro
 from PIL import Image
 
 import util
+from anogan import files
 
 TRAINING_SHARE = 0.8  # of the good cells
 
@@ -28,30 +28,31 @@ class Config:
     seed: int = 0  # of which good cells are for training
 
 
-def main(config: Config) -> None:
-    """Write the set next to the place where it will stand, then put it there."""
-    util.check_seed(config.seed)
-    if config.folder.exists():
-        raise util.InputError(f"{config.folder} is there already: remove it, or name another with --folder")
+def read_cells() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The cells uint8 (2624, 300, 300), the probability (2624,) that each is defective, and its kind (2624,), mono or
+    poly. Raises InputError if the package is missing."""
     try:
         from elpv_dataset.utils import load_dataset
     except ModuleNotFoundError as error:
         if error.name != "elpv_dataset":
             raise
         raise util.InputError("the package elpv-dataset is missing: pip install elpv-dataset") from error
-    cells, defect_probability, kind = load_dataset()  # (2624, 300, 300) uint8, (2624,), (2624,)
-    is_mono = kind == "mono"
-    good, defective = (np.flatnonzero(is_mono & (defect_probability == p)) for p in (0, 1))
-    good = np.random.default_rng(config.seed).permutation(good)
-    in_training = round(TRAINING_SHARE * len(good))
-    classes = {"train/good": good[:in_training], "test/good": good[in_training:], "test/defect": defective}
-    partial = config.folder.with_name(f".partial-{config.folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    for name, rows in classes.items():
-        (partial / name).mkdir(parents=True)
-        for row in rows:
-            Image.fromarray(cells[row]).save(partial / name / f"cell{row + 1:04d}.png")
-    partial.rename(config.folder)
+    return load_dataset()
+
+
+def main(config: Config) -> None:
+    """Write the set next to the place where it will stand, then put it there."""
+    util.check_seed(config.seed)
+    with files.new_folder(config.folder) as partial:
+        cells, defect_probability, kind = read_cells()
+        good, defective = (np.flatnonzero((kind == "mono") & (defect_probability == p)) for p in (0, 1))
+        good = np.random.default_rng(config.seed).permutation(good)
+        in_training = round(TRAINING_SHARE * len(good))
+        classes = {"train/good": good[:in_training], "test/good": good[in_training:], "test/defect": defective}
+        for name, rows in classes.items():
+            (partial / name).mkdir(parents=True)
+            for row in rows:
+                Image.fromarray(cells[row]).save(partial / name / f"cell{row + 1:04d}.png")
     print(f"wrote {config.folder}/: {', '.join(f'{len(rows)} {name}' for name, rows in classes.items())}")
     print(f"next: python train_gan.py --dataset {util.quoted(config.folder)} --normal-class good --picture-size 128")
 

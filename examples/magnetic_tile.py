@@ -9,7 +9,6 @@ the pictures of a tile on one side, training or validation. Next: docs/real-defe
 
 import lzma
 import re
-import shutil
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import tyro
 
 import util
+from anogan import files
 
 GAP = 300  # the numbers of two tiles are farther apart than that
 
@@ -46,25 +46,20 @@ def tiles(paths: list[Path]) -> dict[Path, int]:
 
 def main(config: Config) -> None:
     """Unpack and rename next to the place where the set will stand, then put it there."""
-    if config.folder.exists():
-        raise util.InputError(f"{config.folder} is there already: remove it, or name another with --folder")
     if not config.archive.is_file():
         raise util.InputError(f"there is no {config.archive}: name the archive with --archive")
-    partial = config.folder.with_name(f".partial-{config.folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        with tarfile.open(config.archive) as archive:
-            archive.extractall(partial, filter="data")
-    except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise util.InputError(f"{config.archive} is damaged or no archive ({reason}): get it again") from error
-    tile_of = tiles([path for path in partial.rglob("*") if path.suffix in (".jpg", ".png")])
-    if not tile_of:
-        raise util.InputError(f"{config.archive} holds no pictures: is it magnetic_tile.tar.xz?")
-    for path, tile in tile_of.items():
-        path.rename(path.with_name(f"tile{tile:03d}_{path.name}"))
-    partial.rename(config.folder)
+    with files.new_folder(config.folder) as partial:
+        try:
+            with tarfile.open(config.archive) as archive:
+                archive.extractall(partial, filter="data")
+        except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
+            reason = str(error).splitlines()[0]
+            raise util.InputError(f"{config.archive} is damaged or no archive ({reason}): get it again") from error
+        tile_of = tiles([path for path in partial.rglob("*") if path.suffix in (".jpg", ".png")])
+        if not tile_of:
+            raise util.InputError(f"{config.archive} holds no pictures: is it magnetic_tile.tar.xz?")
+        for path, tile in tile_of.items():
+            path.rename(path.with_name(f"tile{tile:03d}_{path.name}"))
     print(f"wrote {config.folder}/: pictures and masks of {len(set(tile_of.values()))} tiles")
     print(
         f"next: python train_gan.py --dataset {util.quoted(config.folder)} --group-by 'tile(\\d+)' --picture-size 128"

@@ -9,7 +9,6 @@ docs/own-pictures.md
 """
 
 import shlex
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 
 import util
+from anogan import files
 
 WIDTH, HEIGHT = 160, 120
 DEFECTS = ("scratch", "blot", "missing")
@@ -81,31 +81,27 @@ def main(config: Config) -> None:
     util.check_at_least(config, 1, "train", "test")
     util.check_seed(config.seed)
     folder = config.folder or Path("data/washers-grey" if config.grey else "data/washers")
-    if folder.exists():
-        raise util.InputError(f"{folder} is there already: remove it, or name another with --folder")
     rng = np.random.default_rng(config.seed)
-    partial = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
 
     def save(name: str, defect: str | None) -> None:
         picture, mask = draw(rng, defect, config.grey)
-        files = {name: picture}
+        pixels_of = {name: picture}
         if defect and name.startswith("test/"):
-            files[f"{name.replace('test', 'ground_truth', 1).removesuffix('.png')}_mask.png"] = mask
-        for path, pixels in files.items():
+            pixels_of[f"{name.replace('test', 'ground_truth', 1).removesuffix('.png')}_mask.png"] = mask
+        for path, pixels in pixels_of.items():
             (partial / path).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(partial / path)
 
-    for i in range(config.train):
-        save(f"train/good/{i:03d}.png", None)
-    for i in range(2 * config.test):
-        save(f"test/good/{i:03d}.png", None)
-    for defect in DEFECTS:
-        for i in range(config.test):
-            save(f"test/{defect}/{i:03d}.png", defect)
-    for i in range(20):  # every other one is good
-        save(f"new/part-{i:02d}.png", DEFECTS[i // 2 % 3] if i % 2 else None)
-    partial.rename(folder)
+    with files.new_folder(folder) as partial:
+        for i in range(config.train):
+            save(f"train/good/{i:03d}.png", None)
+        for i in range(2 * config.test):
+            save(f"test/good/{i:03d}.png", None)
+        for defect in DEFECTS:
+            for i in range(config.test):
+                save(f"test/{defect}/{i:03d}.png", defect)
+        for i in range(20):  # every other one is good
+            save(f"new/part-{i:02d}.png", DEFECTS[i // 2 % 3] if i % 2 else None)
     print(f"wrote {folder}/: train/good test/good {' '.join(f'test/{defect}' for defect in DEFECTS)} ground_truth new")
     sizes = "--ngf 32 --ndf 32 --batch-size 16 --epochs 105"
     print(f"next: python train_gan.py --dataset {shlex.quote(str(folder))} --normal-class good {sizes}")
