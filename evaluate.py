@@ -24,7 +24,7 @@ import tyro
 import util
 from anogan import files, images, judge, masks, metrics, plots, report, runs, scores, scoring, verdicts
 from anogan.scoring import ScoredSplit
-from detectors import acae, baselines, cutpaste, f_anogan, rotnet
+from detectors import acae, baselines, cutpaste, f_anogan, pca, rotnet
 
 # Every score, in the order of tables and figures. To add a detector, add its scores here
 SCORES = (
@@ -33,9 +33,10 @@ SCORES = (
     *acae.SCORES,
     *rotnet.SCORES,
     *cutpaste.SCORES,
+    *pca.SCORES,
     scores.GAN_R,
     *baselines.SCORES,
-    rotnet.COMBINED,
+    scores.COMBINED,
 )
 
 
@@ -170,12 +171,13 @@ def judge_pictures(gan: runs.TrainedGAN, config: Config) -> dict[str, dict[str, 
 
 
 def default_score(run_dir: Path) -> str:
-    """What a verdict rests on if no score is named: `combined` if RotNet was trained, else the paper's A(x); but
-    `cutpaste` if that was trained and nothing was searched."""
-    if rotnet.ROTNET.is_there(run_dir, []):
-        return "combined"
-    is_searched = scores.LATENTS.is_there(run_dir, ["validation"])
-    return "cutpaste" if cutpaste.CUTPASTE.is_there(run_dir, []) and not is_searched else "anomaly_score"
+    """What a verdict rests on if no score is named: the paper's A(x) if no detector was trained that `combined` is made
+    of; else that, or the detector's own score if it is the only one there."""
+    parts = [score for score in SCORES if score.name in scores.COMBINED.parts]
+    there = [score for score in parts if score.source.is_there(run_dir, ["validation"])]
+    if all(score.source is scores.LATENTS for score in there):
+        return "anomaly_score"
+    return "combined" if len(there) > 1 else there[0].name
 
 
 def check_both_kinds(test: ScoredSplit) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from sklearn.covariance import LedoitWolf
+from sklearn.covariance import ShrunkCovariance, ledoit_wolf_shrinkage
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,13 @@ class Gaussian:
         return (away @ self.precision * away).sum(-1)
 
 
-def fit(features: torch.Tensor) -> Gaussian:
+def fit(features: torch.Tensor, least: float = 0.0) -> Gaussian:
     """The normal distribution of features (M, F).
 
-    The covariance is shrunk towards a multiple of the identity (Ledoit and Wolf 2004): M may be less than F.
+    The covariance is shrunk towards a multiple of the identity, since M may be less than F: by the share of Ledoit and
+    Wolf 2004, and by `least` at least. Theirs is too small where features are not independent, as those of the patches
+    of one picture.
     """
-    fitted = LedoitWolf().fit(features.cpu().double().numpy())
+    vectors = features.cpu().double().numpy()
+    fitted = ShrunkCovariance(shrinkage=max(ledoit_wolf_shrinkage(vectors), least)).fit(vectors)
     return Gaussian(*(torch.from_numpy(each).to(features) for each in (fitted.location_, fitted.precision_)))

@@ -7,7 +7,6 @@ signal, and keeps several processes in step. The body says what it measured with
 
 import contextlib
 import csv
-import io
 import math
 import re
 import signal
@@ -279,10 +278,7 @@ class Loop:
             **self._about,
             **{name: part.state_dict() for name, part in self._parts.items()},
         }
-        content = io.BytesIO()  # torch.save to a path reports a full disk as something else than an OSError
-        torch.save(state, content)
-        with files.replacing(training.path) as partial:
-            partial.write_bytes(content.getbuffer())
+        runs.write_checkpoint(training.path, state)
 
     def _pictures(self) -> dict[str, Path]:
         """The other files: those of gan.pt have plain names, those of encoder.pt begin with encoder-."""

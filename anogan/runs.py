@@ -84,6 +84,14 @@ def reading_checkpoint(path: Path, command: str) -> Iterator[tuple[dict[str, Any
         yield state, hashlib.sha256(content).hexdigest()
 
 
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write plain data and tensors, whole or not at all."""
+    content = io.BytesIO()  # torch.save to a path reports a full disk as something else than an OSError
+    torch.save(state, content)
+    with files.replacing(path) as partial:
+        partial.write_bytes(content.getbuffer())
+
+
 @contextlib.contextmanager
 def naming_damage(path: Path, command: str) -> Iterator[None]:
     """Raise InputError, naming the file and the command that writes it, for whatever the block raises."""
@@ -95,7 +103,7 @@ def naming_damage(path: Path, command: str) -> Iterator[None]:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'}"
         raise InputError(
             f"{path} is damaged or was not written by this {command}, and nothing in it was run ({reason}): "
-            f"start over with {command} --fresh, or name another run with --run-dir"
+            f"remove it and run {command} again, or name another run with --run-dir"
         ) from error
 
 
@@ -224,7 +232,7 @@ def load_trained(
         if other := [name for name in same if settings[name] != of_gan[name]]:
             raise InputError(
                 f"{path} was trained for another gan.pt than the one that is there now (other {', '.join(other)}): "
-                f"run {command} {where} --fresh, or remove it"
+                f"remove it, and run {command} {where} again"
             )
         network.load_state_dict(state[part])
     freeze(network, gan.device)

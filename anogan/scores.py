@@ -73,13 +73,13 @@ class Score:
     """A score, declared once: what it is called, what it needs, how it is worked out and drawn in figures.
 
     `function` takes what `source.load` returned and a Batch to (N,), from which `pool` makes one for each picture. With
-    a `map` it takes a picture's heat map (height, width) alone to a number. With `parts` the score is made of others:
-    it takes those of a split and those of validation, each a dict of (N,) by name.
+    a `map` it takes a picture's heat map (height, width) alone to a number. With `parts` the score is made of others,
+    of those that there are: it takes those of a split and those of validation, each a dict of (N,) by name.
     """
 
     name: str
     label: str
-    source: Source
+    source: Source | None  # None with parts: what these rest on
     function: Callable[..., torch.Tensor | np.ndarray | float]
     colour: str
     line: str = "-"
@@ -240,3 +240,38 @@ GAN_R = Score(
     _fitted_score,
     "tab:purple",
 )
+
+
+# ---- several scores in one ------------------------------------------------------------------------------------------
+
+
+def combined(
+    weights: dict[str, float], of_split: dict[str, np.ndarray], of_validation: dict[str, np.ndarray]
+) -> np.ndarray:
+    """The weighted sum of the logarithms of several scores, of those with a weight that validation has: (N,).
+
+    Takes the scores of a split and of validation by name, (N,) and (V,). Each logarithm counts minus its mean over
+    validation normals, over their standard deviation; without the logarithm the score with the longest tail would drown
+    the others. Scores are distances or losses, from 0 up; those under 1e-6, which rounding can
+    bring about, count as 1e-6. A part that is the same for all validation normals, or of which there is only one, is
+    not scaled.
+    """
+    names = [name for name in weights if name in of_validation]
+    total = np.zeros(len(of_split[names[0]]))
+    for name in names:
+        part, normal = (np.log(np.maximum(of[name], 1e-6, dtype=np.float64)) for of in (of_split, of_validation))
+        total += weights[name] * (part - normal.mean()) / (normal.std() or 1.0)
+    return total
+
+
+# The parts of `combined`, of all methods, and their weights: docs/experiments.md has what they were chosen by
+WEIGHTS = {
+    "anomaly_score": 0.25,
+    "peak": 0.25,
+    "rotation": 1.0,
+    "neighbours": 0.5,
+    "mahalanobis": 0.5,
+    "cutpaste": 1.0,
+    "pca_peak": 1.0,
+}
+COMBINED = Score("combined", "combined", None, partial(combined, WEIGHTS), "black", parts=tuple(WEIGHTS))

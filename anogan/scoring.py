@@ -152,7 +152,10 @@ def search_of_gan_r(split: ScoredSplit) -> dict[str, Any] | None:
 def fingerprints(scored: dict[str, ScoredSplit]) -> dict[str, str]:
     """SHA-256 of each file of the run folder, by name, that the scores of these splits rest on."""
     names = {
-        score.source.file.format(split=name) for name, split in scored.items() for score in split.declared.values()
+        score.source.file.format(split=name)
+        for name, split in scored.items()
+        for score in split.declared.values()
+        if not score.parts
     }
     run_dir = next(iter(scored.values())).gan.run_dir
     return {name: files.fingerprint(run_dir / name) for name in sorted(names)}
@@ -184,6 +187,7 @@ def score_run(
     declared = declared_for(gan, declared)
     loaded, image_sets = _load_sources(gan, image_sets, declared, request)
     present = [score for score in declared if score.source in loaded]
+    present += _made_of(declared, present, None if normals is None else normals.scores, request.score)
     scored: dict[str, ScoredSplit] = {}
     stride = _stride(gan, loaded, normals)
     maps = list(dict.fromkeys(score.map for score in present if score.map is not None))
@@ -192,9 +196,9 @@ def score_run(
         maps = [each for each in maps if peak_of(each, present) in normals.scores]
     if not maps:
         print("without heat maps, since these images were not searched: fit_latent.py does it")
-    judged_by = next(score.source for score in declared if score.name == request.score)
+    judged = next(score for score in declared if score.name == request.score)
     # the map of the method that the verdict rests on, else the first that there is
-    shown = next((each for each in maps if each.source is judged_by), next(iter(maps), None))
+    shown = next((each for each in maps if each.source is judged.source), next(iter(maps), None))
     for split, image_set in image_sets.items():
         found = loaded[LATENTS][split] if LATENTS in loaded else None
         searched = stride if found is None else found
@@ -228,6 +232,29 @@ def score_run(
             for each in scored.values():
                 each.scores[score.name] = score.function(each.scores, of_normals)
     return scored
+
+
+def _made_of(
+    declared: Sequence[Score], present: list[Score], normals: Iterable[str] | None = None, wanted: str | None = None
+) -> list[Score]:
+    """The declared scores that are made of others of which two or more are present.
+
+    They are made of those that the validation images have, by default the same ones. If these are `normals`, and some
+    of them are not present, there is no such score: raises InputError if it is the one that is wanted.
+    """
+    names = {score.name for score in present}
+    found = []
+    for score in declared:
+        parts = [part for part in declared if part.name in score.parts and part.name in (normals or names)]
+        missing = next((part for part in parts if part.name not in names), None)
+        if missing is not None and score.name == wanted:
+            raise InputError(
+                f"{score.name} rests on {missing.name} too, which these pictures do not have: run "
+                f"{missing.source.command} for them first, or choose another --score"
+            )
+        if missing is None and len(parts) > 1:
+            found.append(score)
+    return found
 
 
 def patch_range(scored: ScoredSplit) -> tuple[int, int]:
@@ -298,7 +325,8 @@ def _load_sources(
     wanted = next((score for score in declared if score.name == request.score), None)
     if wanted is None:
         raise InputError(f"there is no score {request.score} here: it is of a GAN of patches, and this one sees none")
-    is_there = {score.source: score.source.is_there(gan.run_dir, list(image_sets)) for score in declared}
+    of_wanted = {score.source for score in declared if score is wanted or score.name in wanted.parts}
+    is_there = {each.source: each.source.is_there(gan.run_dir, list(image_sets)) for each in declared if not each.parts}
     if wanted.source is LATENTS:
         is_there[LATENTS] = True  # so that its loading names what is missing
     loaded: dict[Source, Any] = {}
@@ -312,12 +340,18 @@ def _load_sources(
             if source is LATENTS:
                 image_sets = {name: _searched(each, name, found[name]) for name, each in image_sets.items()}
         except InputError as error:
-            if source is wanted.source or not request.is_the_only_one:
+            if source in of_wanted or not request.is_the_only_one:
                 raise
             print(f"without the scores of {source.command}: {error}")
         else:
             loaded[source] = found
-    if wanted.source not in loaded:
+    if wanted.parts:
+        if sum(score.source in loaded for score in declared if score.name in wanted.parts) < 2:
+            raise InputError(
+                f"there is no score {wanted.name} here: it takes two or more of {', '.join(wanted.parts)}, see "
+                "docs/scores.md"
+            )
+    elif wanted.source not in loaded:
         does_not = "images" in image_sets and not wanted.source.scores_unlabelled
         reason = (
             f"{wanted.name} scores no pictures without labels"
@@ -426,11 +460,9 @@ def scores_of_normals(gan: runs.TrainedGAN, declared: Sequence[Score], request: 
     Raises InputError if they must be scored, and as `score_run` does or because the data set is not there.
     """
     path = gan.run_dir / NORMALS
-    there = [
-        s
-        for s in declared_for(gan, declared)
-        if s.source.scores_unlabelled and s.source.is_there(gan.run_dir, ["validation"])
-    ]
+    declared_here = declared_for(gan, declared)
+    there = [s for s in declared_here if s.source is not None and s.source.scores_unlabelled]
+    there = [s for s in there if s.source.is_there(gan.run_dir, ["validation"])]
     if path.is_file():
         try:
             kept = latents.read_arrays(path, "evaluate.py", "validation", gan, {})
@@ -447,6 +479,7 @@ def scores_of_normals(gan: runs.TrainedGAN, declared: Sequence[Score], request: 
                     count, total, squares = (kept[f"{name}_usual_{each}"] for each in USUAL)
                     usual[name] = heatmaps.Usual(gan.image_size, int(count), total, squares)
                 by_name, stride = {s.name: kept[s.name] for s in there}, json.loads(str(kept["stride"]))
+                by_name |= {s.name: s.function(by_name, by_name) for s in _made_of(declared_here, there)}
                 return Normals(by_name, stride, usual, tuple(kept["patch_range"].tolist()))
     if not runs.data_is_there(gan):
         raise InputError(

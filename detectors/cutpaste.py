@@ -36,6 +36,7 @@ CURVES = {"Cross-entropy with the version": {"loss": "loss"}, "Share of versions
 SAME = (*runs.SAME_IMAGES, "ndf")  # what a checkpoint must share with the GAN
 VERSIONS = 3  # of a picture: as it is, with a piece, with a scar
 MEMORY = 2000  # training images or patches at most that the scores compare with
+SHRINKAGE = 0.03  # of their features' covariance, at least
 
 
 @dataclass
@@ -170,7 +171,7 @@ def gaussians(cutpaste: nn.Module, batches: Iterable[torch.Tensor]) -> dict[str,
         whole, of_places = features(cutpaste, x)
         wholes.append(whole)
         places.append(of_places.flatten(2).transpose(1, 2).flatten(0, 1))  # (N, K, h, h) -> (N h h, K)
-    found = {"whole": fit(torch.cat(wholes)), "place": fit(torch.cat(places))}
+    found = {"whole": fit(torch.cat(wholes), SHRINKAGE), "place": fit(torch.cat(places), SHRINKAGE)}
     return {f"{of}_{name}": value for of, gaussian in found.items() for name, value in vars(gaussian).items()}
 
 

@@ -11,12 +11,11 @@ its run.json. Stop it at any time: the same command continues from the last rotn
 `rotation`, `neighbours`, `mahalanobis` and `combined`. Next: python evaluate.py
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import tyro
 from torch import nn
@@ -211,21 +210,6 @@ def mahalanobis(rotnet: nn.Module, x: torch.Tensor, normal: NormalFeatures) -> t
     return sum(each.distance(channel_means(rotnet, turn)) for turn, each in zip(turned(x), fits, strict=True))
 
 
-def combined(parts: list[np.ndarray], of_validation: list[np.ndarray], weights: Sequence[float]) -> np.ndarray:
-    """The weighted sum of some scores' logarithms (N,), each minus its mean over validation normals (V,), over their
-    standard deviation.
-
-    The logarithm, or the score with the longest tail would drown the others. Scores are distances or losses, from 0 up;
-    those under 1e-6, which rounding can bring about, count as 1e-6. A part that is the same for all validation
-    normals, or of which there is only one, is not scaled.
-    """
-    total = np.zeros(len(parts[0]))
-    for part, normal, weight in zip(parts, of_validation, weights, strict=True):
-        part, normal = (np.log(np.maximum(values, 1e-6, dtype=np.float64)) for values in (part, normal))
-        total += weight * (part - normal.mean()) / (normal.std() or 1.0)
-    return total
-
-
 def remember(gan: runs.TrainedGAN, training: Pictures | None = None) -> tuple[RotNet, NormalFeatures]:
     """RotNet, and what it makes of the training images, see `runs.remembered`. Raises InputError as that and `load`."""
     trained = load(gan)
@@ -262,19 +246,6 @@ SCORES = (
         line="-.",
         opacity=0.2,
     ),
-)
-# The parts of `combined` and their weights: RotNet's verdict, and two distances in its features that share a weight.
-# Chosen on the development half of CIFAR-10's test split, see benchmarks/cifar10_table.py
-WEIGHTS = {"rotation": 1.0, "neighbours": 0.5, "mahalanobis": 0.5}
-COMBINED = Score(
-    "combined",
-    "combined",
-    ROTNET,
-    lambda of_split, normals: combined(
-        [of_split[name] for name in WEIGHTS], [normals[name] for name in WEIGHTS], list(WEIGHTS.values())
-    ),
-    "tab:olive",
-    parts=tuple(WEIGHTS),
 )
 
 

@@ -220,6 +220,7 @@ def run_on_digits(workdir: Path) -> None:
         "detectors.f_anogan --kappa 0.5",
         "detectors.acae",
         "detectors.rotnet --epochs 6",
+        "detectors.pca",
         "detectors.baselines --splits validation test train_anomalies",
         "evaluate.py --bootstrap 50 --score anomaly_score",
     ):

@@ -117,7 +117,8 @@ def test_scripts_out_of_order(digits_workdir: Path, trained: Path, tmp_path: Pat
         (trained / f"latents-{split}.npz").unlink()
     message = fails("evaluate.py", "--score", "anomaly_score")
     assert "latents-validation.npz is missing" in message and "run fit_latent.py" in message
-    (trained / "rotnet.pt").unlink()  # then A(x) is what a verdict rests on
+    for name in ("rotnet.pt", "pca.pt"):  # then A(x) is what a verdict rests on
+        (trained / name).unlink()
     assert "latents-validation.npz is missing" in fails("evaluate.py")
     shutil.rmtree(tmp_path / "outputs")
     for script in ("fit_latent.py", "evaluate.py"):

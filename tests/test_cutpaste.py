@@ -104,6 +104,9 @@ def test_distances_against_scipy() -> None:
     precision = np.linalg.inv(np.cov(normal.numpy().T))
     expected = [[mahalanobis(f, normal.mean(0), precision) ** 2 for f in row] for row in found.numpy()]
     np.testing.assert_allclose(gaussian.distance(found), expected, rtol=0.01)  # the shrinkage is small
+    covariance = np.cov(normal.numpy().T, bias=True)
+    shrunk = 0.7 * covariance + 0.3 * np.trace(covariance) / 3 * np.eye(3)
+    np.testing.assert_allclose(gaussians.fit(normal, least=0.3).precision, np.linalg.inv(shrunk), rtol=1e-3, atol=1e-5)
 
 
 def test_it_finds_and_shows_what_was_moved_without_a_search(

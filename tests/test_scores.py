@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import importlib
 import inspect
+import json
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Batches, read_scores
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 from sklearn.covariance import LedoitWolf
 from torch import nn
@@ -21,6 +23,7 @@ from anogan import loop, pictures, runs
 from anogan.decoding import View
 from anogan.images import open_split, to_model
 from anogan.loading import load_images
+from anogan.scores import WEIGHTS, combined
 from detectors import rotnet as method
 from detectors.rotnet import RotNet
 from network import initialise_weights
@@ -89,16 +92,18 @@ def test_mahalanobis_by_hand() -> None:
 
 
 def test_combined_by_hand() -> None:
-    parts, normal = [np.array([3.0, 0.0]), np.array([10.0, 40.0])], [np.array([1.0, 2.0]), np.array([10.0, 30.0])]
-    parts, normal = [2 ** np.array(part) for part in parts], [2 ** np.array(part) for part in normal]
+    one = {"a": 2 ** np.array([3.0, 0.0]), "b": 2 ** np.array([10.0, 40.0])}
+    normal = {"a": 2 ** np.array([1.0, 2.0]), "b": 2 ** np.array([10.0, 30.0])}
     # of the logarithms: the base does not matter
-    np.testing.assert_allclose(method.combined(parts, normal, [1, 4]), [3 + 4 * (10 - 20) / 10, -3 + 4 * 2])
+    np.testing.assert_allclose(combined({"a": 1, "b": 4}, one, normal), [3 + 4 * (10 - 20) / 10, -3 + 4 * 2])
+    # of those that validation has
+    np.testing.assert_allclose(combined({"a": 2, "b": 4, "c": 1}, one, {"a": normal["a"]}), [6, -6])
     # a part that is the same for all validation normals, or for the only one there is
     for same in ([3], [3, 3]):
-        found = method.combined([np.float32([12, 1])], [np.float32(same)], [1])
+        found = combined({"a": 1}, {"a": np.float32([12, 1])}, {"a": np.float32(same)})
         np.testing.assert_allclose(found, np.log([4, 1 / 3]))
     # a distance that rounding has put at or below 0
-    found = method.combined([np.float32([-1e-7, 0, 1e-6])], [np.float32([1e-3, 1])], [1])
+    found = combined({"a": 1}, {"a": np.float32([-1e-7, 0, 1e-6])}, {"a": np.float32([1e-3, 1])})
     assert np.isfinite(found).all() and np.ptp(found) < 1e-6
 
 
@@ -193,11 +198,16 @@ def test_scores_csv_by_hand(digits_workdir: Path) -> None:
             parts[split] = sum(losses).numpy(), distances.numpy(), sum(of_turns)
             for name, values in zip(("rotation", "neighbours", "mahalanobis"), parts[split], strict=True):
                 np.testing.assert_allclose([float(row[name]) for row in rows[split]], values, rtol=1e-3, atol=1e-5)
-    combined = sum(
-        weight * (np.log(part) - np.log(normal).mean()) / np.log(normal).std()
-        for part, normal, weight in zip(parts["test"], parts["validation"], (1, 0.5, 0.5), strict=True)
+    log = {
+        split: {name: np.log([float(row[name]) for row in rows[split]]) for name in WEIGHTS if name in rows[split][0]}
+        for split in rows
+    }
+    assert set(WEIGHTS) - set(log["test"]) == {"cutpaste"}  # not trained here
+    expected = sum(
+        WEIGHTS[name] * (part - log["validation"][name].mean()) / log["validation"][name].std()
+        for name, part in log["test"].items()
     )
-    np.testing.assert_allclose([float(row["combined"]) for row in rows["test"]], combined, rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose([float(row["combined"]) for row in rows["test"]], expected, rtol=1e-3, atol=1e-3)
 
 
 def test_peak_by_hand(digits_workdir: Path) -> None:
@@ -243,9 +253,36 @@ def test_the_verdict_may_rest_on_any_score(
             assert float(row["p_value"]) == pytest.approx(p_value, abs=1e-6)
             assert row["flagged"] == str(int(p_value <= 0.05))
     assert "unknown score 'kdee': choose --score from anomaly_score, " in fails("evaluate.py", "--score", "kdee")
-    (trained / "rotnet.pt").unlink()
+    for path in (trained / "rotnet.pt", trained / "pca.pt", *trained.glob("latents-*.npz")):
+        path.unlink()
     message = fails("evaluate.py", "--device", "cpu", "--score", "combined")
-    assert "there is no score combined here, but anomaly_score, " in message
+    assert "there is no score combined here: it takes two or more of anomaly_score, " in message
+
+
+def test_combined_rests_on_what_is_there(
+    trained: Path, run_here: Callable[..., None], fails: Callable[..., str], tmp_path: Path
+) -> None:
+    """With or without RotNet, and always on the same scores for new pictures as for validation."""
+
+    def judged_by() -> str:
+        run_here("evaluate.py", "--bootstrap", "20", "--device", "cpu")
+        return json.loads((trained / "metrics.json").read_text())["threshold"]["score"]
+
+    picture = tmp_path / "new.png"
+    Image.new("L", (8, 8), 100).save(picture)
+    assert judged_by() == "combined"
+    message = fails("evaluate.py", "--images", str(picture), "--device", "cpu")
+    assert "combined rests on anomaly_score too, which these pictures do not have: run fit_latent.py" in message
+    (trained / "rotnet.pt").unlink()
+    assert judged_by() == "combined" and "rotation" not in read_scores(trained)[0]
+    (trained / "pca.pt").unlink()
+    assert judged_by() == "anomaly_score" and "combined" in read_scores(trained)[0]
+    for path in trained.glob("latents-*.npz"):
+        path.unlink()
+    run_here("detectors.pca")
+    assert judged_by() == "pca_peak" and "combined" not in read_scores(trained)[0]
+    run_here("evaluate.py", "--images", str(picture), "--device", "cpu")
+    assert "pca_peak" in read_scores(trained / "images-new")[0]
 
 
 def test_a_rotnet_of_other_images_is_refused(trained: Path, fails: Callable[..., str]) -> None:
@@ -265,7 +302,7 @@ def test_a_rotnet_of_other_images_is_refused(trained: Path, fails: Callable[...,
         "train_gan",
         "fit_latent",
         "evaluate",
-        *(f"detectors.{name}" for name in ("f_anogan", "acae", "rotnet", "baselines")),
+        *(f"detectors.{name}" for name in ("f_anogan", "acae", "rotnet", "cutpaste", "pca", "baselines")),
     ],
 )
 def test_every_flag_has_help(script: str) -> None:

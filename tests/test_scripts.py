@@ -103,7 +103,8 @@ def test_every_score_has_the_same_figures(digits_workdir: Path) -> None:
     metrics = json.loads((run_dir / "metrics.json").read_text())
     for protocol in ("test", "all_splits"):
         names = ["anomaly_score", "residual", "discrimination", "peak", "p_d"]
-        names += ["f_anogan", "acae", "rotation", "neighbours", "mahalanobis", "gan_r", *baselines.LABELS, "combined"]
+        names += ["f_anogan", "acae", "rotation", "neighbours", "mahalanobis", "pca", "pca_peak", "gan_r"]
+        names += [*baselines.LABELS, "combined"]
         assert list(metrics[protocol]) == names
         assert len({tuple(figures) for figures in metrics[protocol].values()}) == 1
     rows = [row for row in read_scores(run_dir) if row["split"] == "test"]
@@ -124,7 +125,7 @@ def test_all_splits_protocol(digits_workdir: Path) -> None:
 
 def test_run_json_tells_how_each_script_ran(digits_workdir: Path) -> None:
     record = json.loads((digits_workdir / "outputs/digits-0/run.json").read_text())
-    detectors = {"f_anogan", "acae", "rotnet", "baselines"}
+    detectors = {"f_anogan", "acae", "rotnet", "pca", "baselines"}
     assert set(record) == {"train_gan", "fit_latent", "fit_latent_reference", "evaluate"} | detectors
     for script in record.values():
         assert script["seconds"] > 0 and script["device"].startswith("cpu") and script["versions"]["torch"]
