@@ -165,12 +165,17 @@ def advice(test: ScoredSplit, verdict: Verdict, metrics: dict[str, dict[str, Any
     ]
     run_dir = f"--run-dir {quoted(test.gan.run_dir)}"
     again = f"python evaluate.py {run_dir}"
-    natural = "- for natural pictures, such as animals or vehicles: "
-    if "combined" not in metrics:
-        if test.gan.augment is None:
-            lines.append(f"{natural}python -m detectors.rotnet {run_dir}, then {again}")
-    elif verdict.score != "combined" and is_good("combined"):
-        lines.append(f"{natural}{again} --score combined")
+    if "combined" in metrics and verdict.score != "combined" and is_good("combined"):
+        lines.append(f"- {again} --score combined")
+    if "rotation" not in metrics and test.gan.augment is None:
+        natural = "- for natural pictures, such as animals or vehicles: "
+        lines.append(f"{natural}python -m detectors.rotnet {run_dir}, then {again}")
+    for name, what, command in (
+        ("pca", "equal parts that always lie the same way", "python -m detectors.pca"),
+        ("cutpaste", "surfaces and parts", "python -m detectors.cutpaste"),
+    ):
+        if name not in metrics:
+            lines.append(f"- for {what}: {command} {run_dir}, then {again}")
     small, size = "- for small defects: ", test.gan.image_size
     if "peak" not in metrics:
         lines.append(f"{small}python fit_latent.py {run_dir}, then {again} --score peak")

@@ -61,10 +61,13 @@ def test_advice_leaves_out_what_was_done() -> None:
     # nothing was searched: peak needs it
     search = f"python fit_latent.py --run-dir 'outputs/my run', then {PEAK}"
     assert search in advice("p_d", p_d=0.5) and search in advice("combined", p_d=0.5, combined=0.5)
-    # RotNet was trained
-    assert "rotnet" not in advice("combined", p_d=0.5, combined=0.5)
+    # detectors were trained
+    names = {"rotation": "rotnet", "cutpaste": "cutpaste", "pca": "pca"}
+    for trained in names:
+        found = advice("combined", p_d=0.5, combined=0.5, **{trained: 0.5})
+        assert [f"detectors.{of}" in found for of in names.values()] == [name != trained for name in names]
     found = advice("anomaly_score", anomaly_score=0.5, peak=0.5, combined=0.9)
-    assert "rotnet" not in found and "python evaluate.py --run-dir 'outputs/my run' --score combined" in found
+    assert "python evaluate.py --run-dir 'outputs/my run' --score combined" in found
     assert "--score combined" not in advice("anomaly_score", anomaly_score=0.5, peak=0.5, combined=0.5)
     assert "64x64" in found
 

@@ -39,6 +39,7 @@ def test_every_file_is_there_and_no_other(digits_workdir: Path) -> None:
         *(f"baselines-{split}.npz" for split in ("validation", "test", "train_anomalies")),
         *("encoder.pt", "encoder-losses.csv", "encoder-losses.png", "encoder-samples.png", "encoder-samples.gif"),
         *("rotnet.pt", "rotnet-losses.csv", "rotnet-losses.png", "rotnet-normals.npz"),
+        "pca.pt",
         *("acae.pt", "acae-losses.csv", "acae-losses.png", "acae-samples.png", "acae-samples.gif"),
     }
     assert {path.name for path in run_dir.glob(".*")} <= {".lock"}
@@ -193,7 +194,7 @@ def test_folder_of_mixed_pictures(tmp_path: Path) -> None:
     assert {path.name for path in run_dir.glob("[!.]*")} == RUN_FILES
     metrics = json.loads((run_dir / "metrics.json").read_text())
     # only AnoGAN was run
-    names = ["anomaly_score", "residual", "discrimination", "peak", "p_d"]
+    names = ["anomaly_score", "residual", "discrimination", "peak", "p_d", "combined"]
     assert list(metrics["test"]) == names and metrics["threshold"]["score"] == "anomaly_score"
     assert runs.load_gan(run_dir, torch.device("cpu")).image_channels == 3
     sources = [row["source"] for row in read_scores(run_dir)]

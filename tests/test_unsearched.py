@@ -16,7 +16,7 @@ import evaluate
 import fit_latent
 import train_gan
 from anogan import runs, scoring, verdicts
-from detectors import cutpaste
+from detectors import cutpaste, pca
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -25,8 +25,8 @@ NEED_Z = {"anomaly_score", "residual", "discrimination", "peak", "gan_r"}
 
 @pytest.fixture
 def unsearched(trained: Path) -> Path:
-    """A run with all its detectors, without latents and without what evaluate.py made of them."""
-    for pattern in ("latents-*", "metrics.json", "report.html", "*maps.png"):
+    """A run without latents and what evaluate.py made of them, with all its detectors that bring no heat map."""
+    for pattern in ("latents-*", "pca.pt", "metrics.json", "report.html", "*maps.png"):
         for path in trained.glob(pattern):
             path.unlink()
     return trained
@@ -42,7 +42,7 @@ def test_scores_that_need_no_z(
     assert "without heat maps, since these images were not searched" in printed
     assert "python evaluate.py --run-dir outputs/digits-0 --images PATH" in printed  # the command that works next
     metrics = json.loads((unsearched / "metrics.json").read_text())
-    declared = [score for score in evaluate.SCORES if score.source is not cutpaste.CUTPASTE]  # not trained here
+    declared = [score for score in evaluate.SCORES if score.source not in (cutpaste.CUTPASTE, pca.LINEAR)]  # not here
     names = [score.name for score in declared if score.name not in NEED_Z]
     assert list(metrics["test"]) == names and metrics["threshold"]["score"] == "combined"
     assert metrics["search"] is None and not (unsearched / "difference_maps.png").exists()
@@ -93,6 +93,7 @@ def test_searched_run_and_pictures_that_were_not(
     trained: Path, run_here: Callable[..., None], fails: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whether a picture needs a search depends on the score that was asked for."""
+    (trained / "pca.pt").unlink()  # it has a heat map without a search
     digit(trained.parents[1] / "mine/a.png", 5)
     message = fails("evaluate.py", "--images", "mine", *CPU)  # by anomaly_score, as the test images were
     assert "latents-images.npz is missing: run fit_latent.py" in message
@@ -103,6 +104,7 @@ def test_searched_run_and_pictures_that_were_not(
 
 def test_a_map_is_not_read_without_that_of_the_normals(trained: Path) -> None:
     """The latents of validation may be gone while those of pictures are there."""
+    (trained / "pca.pt").unlink()
     gan = runs.load_gan(trained, torch.device("cpu"))
     pictures = {"test": runs.open_split(gan, "test")}
     request = scoring.Request("p_d", True, batch_size=64, skip_unreadable=False)

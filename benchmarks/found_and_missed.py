@@ -1,0 +1,93 @@
+"""What a run finds and what it misses: of each anomalous class the pictures with the highest and the lowest score.
+
+    python -m benchmarks.found_and_missed --run-dir outputs/magnetic-tile-good --out docs/magnetic-tiles-found.png
+
+Draws each picture, its heat map, what is marked in it, and the mask of its defect, if the data set has masks. Nothing
+is chosen by eye. The run folder must have been evaluated; its score is the one of the verdict.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+
+import evaluate
+import util
+from anogan import files, heatmaps, masks, plots, runs, scores, scoring, verdicts
+from anogan.scoring import ScoredSplit, Shown
+
+
+@dataclass
+class Config:
+    out: Path  # where to draw, a PNG file
+    run_dir: Path | None = None  # an evaluated run folder; by default the one trained last
+    each: int = 2  # pictures with the highest score of a class, and as many with the lowest
+    alpha: float = 0.05  # share of validation pictures in which something may be marked
+
+
+def chosen(test: ScoredSplit, score: str, each: int) -> tuple[np.ndarray, list[str]]:
+    """The rows of the pictures to draw, and whether each is among the highest or the lowest of its class."""
+    rows, words = [], []
+    for name in np.unique(test.class_name[test.is_anomaly]):
+        ranked = test.ranked(score)
+        ranked = ranked[test.class_name[ranked] == name]
+        few = min(each, len(ranked) // 2)
+        rows += [*ranked[:few], *ranked[len(ranked) - few :]]
+        words += ["highest"] * few + ["lowest"] * few
+    return np.array(rows), words
+
+
+def mask_panel(test: ScoredSplit, path: Path | None, shown: Shown) -> np.ndarray:
+    """The mask of a picture where the networks look, as a panel uint8 (H, W, 3) as large as it; grey without one."""
+    height, width = shown.real.shape[:2]
+    if path is None:
+        return np.full((height, width, 3), 128, np.uint8)
+    size = test.images.picture(shown.row, test.gan.view).size
+    mask = masks.open_mask(path, test.images.source[shown.row], test.images.open(shown.row), size)
+    whole = Image.fromarray((255 * mask).astype(np.uint8)).convert("RGB")
+    return np.asarray(whole.crop(test.gan.view.window(size)).resize((width, height)))
+
+
+def main(config: Config) -> None:
+    """Score the test pictures, choose, draw."""
+    util.check_at_least(config, 1, "each")
+    util.check_share(config, "alpha")
+    gan = runs.load_gan(runs.find_run(config.run_dir), torch.device("cpu"))
+    score = files.read_json(gan.run_dir / "metrics.json").get("threshold", {}).get("score")
+    if score is None:
+        raise util.InputError(f"{gan.run_dir} was not evaluated: run evaluate.py first")
+    judged = next(each for each in scores.declared_for(gan, evaluate.SCORES) if each.name == score)
+    declared = [each for each in evaluate.SCORES if each.name in (score, *judged.parts) or each.map is not None]
+    with util.full_precision():
+        image_sets = {split: runs.open_split(gan, split) for split in ("validation", "test")}
+        scored = scoring.score_run(gan, image_sets, declared, scoring.Request(score, True, 256, False))
+        test = scored["test"]
+        if test.map is None:
+            raise util.InputError(f"{gan.run_dir} has no heat maps: see docs/scores.md for what makes them")
+        verdict = verdicts.decide(scored, scored["validation"].scores, score, config.alpha, None)
+        rows, words = chosen(test, score, config.each)
+        by = verdict.level, verdict.brightest, plots.LONGEST
+        found = list(test.shown(rows))
+    panels = [heatmaps.panels(each.real, None, each.heat, *by) for each in found]
+    headers = ["picture", "heat map", "marked"]
+    if masks.has_masks(gan.dataset):
+        paths = masks.find_masks(gan.dataset, test.images.source[rows])
+        for of_picture, row, each in zip(panels, rows, found, strict=True):
+            of_picture.append(mask_panel(test, paths.get(test.images.source[row]), each))
+        headers.append("mask")
+    p_value = verdict.p_value["test"]
+    captions = [
+        [plots.shown(test.class_name[i], 16), word, f"p = {p_value[i]:.2g}"]
+        for i, word in zip(rows, words, strict=True)
+    ]
+    title = f"{plots.shown(gan.run_dir.name)}: of each class the highest and the lowest {test.declared[score].label}"
+    plots.panels_of_images(config.out, panels, headers, captions, title)
+    print(f"wrote {config.out}")
+
+
+if __name__ == "__main__":
+    with util.clear_errors():
+        main(tyro.cli(Config, description=util.help_text(__doc__)))
