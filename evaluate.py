@@ -171,13 +171,11 @@ def judge_pictures(gan: runs.TrainedGAN, config: Config) -> dict[str, dict[str, 
 
 
 def default_score(run_dir: Path) -> str:
-    """What a verdict rests on if no score is named: the paper's A(x) if no detector was trained that `combined` is made
-    of; else that, or the detector's own score if it is the only one there."""
+    """What a verdict rests on if no score is named: `combined` if two or more of its parts are there, or the only one;
+    the paper's A(x) if no detector was trained."""
     parts = [score for score in SCORES if score.name in scores.COMBINED.parts]
-    there = [score for score in parts if score.source.is_there(run_dir, ["validation"])]
-    if all(score.source is scores.LATENTS for score in there):
-        return "anomaly_score"
-    return "combined" if len(there) > 1 else there[0].name
+    there = [score.name for score in parts if score.source.is_there(run_dir, [])]
+    return "combined" if len(there) > 1 else there[0] if there else "anomaly_score"
 
 
 def check_both_kinds(test: ScoredSplit) -> None:

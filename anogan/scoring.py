@@ -187,7 +187,7 @@ def score_run(
     declared = declared_for(gan, declared)
     loaded, image_sets = _load_sources(gan, image_sets, declared, request)
     present = [score for score in declared if score.source in loaded]
-    present += _made_of(declared, present, None if normals is None else normals.scores, request.score)
+    present += _made_of(declared, present)
     scored: dict[str, ScoredSplit] = {}
     stride = _stride(gan, loaded, normals)
     maps = list(dict.fromkeys(score.map for score in present if score.map is not None))
@@ -234,27 +234,10 @@ def score_run(
     return scored
 
 
-def _made_of(
-    declared: Sequence[Score], present: list[Score], normals: Iterable[str] | None = None, wanted: str | None = None
-) -> list[Score]:
-    """The declared scores that are made of others of which two or more are present.
-
-    They are made of those that the validation images have, by default the same ones. If these are `normals`, and some
-    of them are not present, there is no such score: raises InputError if it is the one that is wanted.
-    """
+def _made_of(declared: Sequence[Score], present: Sequence[Score]) -> list[Score]:
+    """The declared scores that are made of others of which two or more are present."""
     names = {score.name for score in present}
-    found = []
-    for score in declared:
-        parts = [part for part in declared if part.name in score.parts and part.name in (normals or names)]
-        missing = next((part for part in parts if part.name not in names), None)
-        if missing is not None and score.name == wanted:
-            raise InputError(
-                f"{score.name} rests on {missing.name} too, which these pictures do not have: run "
-                f"{missing.source.command} for them first, or choose another --score"
-            )
-        if missing is None and len(parts) > 1:
-            found.append(score)
-    return found
+    return [score for score in declared if len(names.intersection(score.parts)) > 1]
 
 
 def patch_range(scored: ScoredSplit) -> tuple[int, int]:

@@ -8,7 +8,7 @@ What is added, torn or moved breaks the order of a normal surface, and so does a
 al. 2021). From gan.pt it takes the data set, the normal class and the sizes, no weights; nothing needs to be searched.
 Writes cutpaste.pt, cutpaste-losses.csv and .png to the run folder, and adds to its run.json. Stop it at any time: the
 same command continues from the last cutpaste.pt. evaluate.py then has the scores `pasted`, `cutpaste` and
-`cutpaste_peak`, and a heat map. Next: python evaluate.py --score cutpaste
+`cutpaste_peak`, and a heat map; `cutpaste` is part of `combined`. Next: python evaluate.py
 """
 
 from collections.abc import Iterable
@@ -259,7 +259,7 @@ def main(config: Config) -> Path:
             train(loop, loop.share(cutpaste), optimizer, config.fade)
         if processes.rank() == 0:
             remember(gan, training.pictures)
-        print(f"next: python evaluate.py --run-dir {util.quoted(gan.run_dir)} --score cutpaste")
+        print(f"next: python evaluate.py --run-dir {util.quoted(gan.run_dir)}")
         return gan.run_dir
 
 

@@ -6,7 +6,8 @@
 The principal components of the normal images are a generator: x̂ = mean + Σ z_i component_i. The z whose picture is
 closest to x needs no search: it is a projection. From gan.pt it takes the data set, the normal class and the sizes, no
 weights; nothing needs to be searched. Takes seconds. Writes pca.pt to the run folder, and adds to its run.json.
-evaluate.py then has the scores `pca` and `pca_peak`, and a heat map. Next: python evaluate.py --score pca_peak
+evaluate.py then has the scores `pca` and `pca_peak`, and a heat map; `pca_peak` is part of `combined`.
+Next: python evaluate.py
 """
 
 import time
@@ -109,7 +110,7 @@ def main(config: Config) -> Path:
         runs.write_checkpoint(run_dir / "pca.pt", {"config": of_images, "pca": pca.state_dict()})
         runs.record_run(run_dir, "pca", config, device, time.monotonic() - started)
     print(f"wrote {run_dir}/: pca.pt run.json")
-    print(f"next: python evaluate.py --run-dir {util.quoted(run_dir)} --score pca_peak")
+    print(f"next: python evaluate.py --run-dir {util.quoted(run_dir)}")
     return run_dir
 
 

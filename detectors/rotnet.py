@@ -8,7 +8,7 @@ To tell the turn, the network must know what the object is: texture is not enoug
 It suits pictures with a canonical orientation whose mirror images are normal too. From gan.pt it takes the data set,
 the normal class and the sizes, no weights. Writes rotnet.pt, rotnet-losses.csv and .png to the run folder, and adds to
 its run.json. Stop it at any time: the same command continues from the last rotnet.pt. evaluate.py then has the scores
-`rotation`, `neighbours`, `mahalanobis` and `combined`. Next: python evaluate.py
+`rotation`, `neighbours` and `mahalanobis`, and they are part of `combined`. Next: python evaluate.py
 """
 
 from collections.abc import Iterable

@@ -315,7 +315,7 @@ def test_evaluate_draws_what_is_there(
             path.unlink()
         run_here("evaluate.py", "--bootstrap", "20", "--device", "cpu")
         expected = scores + ["f_anogan"] * present + ["acae"] * (name == "baselines-*.npz")
-        expected += ["pca", "pca_peak", "combined"]
+        expected += ["pca", "pca_peak"]
         assert list(json.loads((trained / "metrics.json").read_text())["test"]) == expected
         curves = [line.get_label() for line in figures["roc.png"].axes[0].lines]
         assert [label.split(":")[0] for label in curves[:-1]] == [labels[score] for score in expected]

@@ -194,7 +194,7 @@ def test_folder_of_mixed_pictures(tmp_path: Path) -> None:
     assert {path.name for path in run_dir.glob("[!.]*")} == RUN_FILES
     metrics = json.loads((run_dir / "metrics.json").read_text())
     # only AnoGAN was run
-    names = ["anomaly_score", "residual", "discrimination", "peak", "p_d", "combined"]
+    names = ["anomaly_score", "residual", "discrimination", "peak", "p_d"]
     assert list(metrics["test"]) == names and metrics["threshold"]["score"] == "anomaly_score"
     assert runs.load_gan(run_dir, torch.device("cpu")).image_channels == 3
     sources = [row["source"] for row in read_scores(run_dir)]
