@@ -6,12 +6,14 @@
 # make bench     the search and the training against the usual loops: two tables and two JSON files in under 10 minutes
 # make gpu-check whether a GPU is right, and how fast: a table and a JSON file in some minutes
 # make table     every class of CIFAR-10 in turn against the nine others: hours; goes on where it stopped
+# make peers RUNS="DIR DIR"   PyOD's and anomalib's methods on the pictures of these runs: docs/real-defects.md
 # make cifar10   the three scripts with their defaults, on CIFAR-10
 # make lint      ruff
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS := .venv-peers
 DEMO := outputs/digits-1
 # for figures from CIFAR-10: make bench BENCH_RUN=outputs/cifar10-automobile BENCH_DATA="--dataset cifar10"
 BENCH_RUN := outputs/digits-1-64
@@ -19,8 +21,12 @@ BENCH_DATA := --dataset digits
 
 # for the JPEG copy: make table TABLE="--dataset data/cifar10-jpeg --seeds 0 1 2"
 TABLE :=
+# for three seeds: make peers RUNS=outputs/elpv-mono-good PEERS_FLAGS="--seeds 0 1 2"
+PEERS_FLAGS :=
 
-.PHONY: demo washers washers-grey magnetic-tile elpv test browser bench gpu-check table cifar10 lint clean
+IS_NEW_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+
+.PHONY: demo washers washers-grey magnetic-tile elpv test browser bench gpu-check table peers cifar10 lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python train_gan.py --dataset digits --normal-class 1 --run-dir $(DEMO) \
@@ -85,6 +91,9 @@ outputs/digits-1-64/gan.pt: | $(VENV)/installed
 table: $(VENV)/installed
 	$(BIN)/python -m benchmarks.cifar10_table $(TABLE)
 
+peers: $(PEERS)/installed
+	$(PEERS)/bin/python -m benchmarks.peers $(RUNS) $(PEERS_FLAGS)
+
 cifar10: $(VENV)/installed
 	$(BIN)/python train_gan.py
 	$(BIN)/python fit_latent.py --run-dir outputs/cifar10-automobile
@@ -95,7 +104,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 
 $(VENV)/installed: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	@$(IS_NEW_PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -r requirements.txt
 	touch $@
@@ -105,5 +114,12 @@ $(VENV)/installed-dev: $(VENV)/installed Makefile
 	    "nbclient>=0.10" "ipykernel>=6.29" "pydicom>=3.0" "tifffile>=2024.8"
 	touch $@
 
+# Apart from the other: neither library is needed for anything else, and each brings many more
+$(PEERS)/installed: requirements.txt Makefile
+	@$(IS_NEW_PYTHON)
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install -r requirements.txt "pyod>=3.6.7" "anomalib>=2.7"
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(PEERS)

@@ -324,11 +324,11 @@ def _one_side(dataset: str, normal: ImageSet, split: str, group_by: str | None) 
             name = normal.classes[normal.label[0]]
             raise InputError(f"{dataset}/validation has no pictures of the normal class: put some into {name}/ there")
         return normal if split == "train" else validation
-    validates = folders.in_validation([_group(source, group_by) for source in normal.source])
+    validates = folders.in_validation([group_of(source, group_by) for source in normal.source])
     return normal.take(~validates if split == "train" else validates)
 
 
-def _group(source: str, group_by: str | None) -> str:
+def group_of(source: str, group_by: str | None) -> str:
     """What a file must stay together with: by default itself alone, so that its pages do.
 
     `group_by` looks in its path below train/. Its first group counts if it has one. Raises InputError if it finds

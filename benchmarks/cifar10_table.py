@@ -9,7 +9,6 @@ again, and what stopped goes on: delete its rows to measure anew. One seeded hal
 is for choosing among scores, as was done for `combined`; `roc_auc` is of the other half, the `report`.
 """
 
-import csv
 import os
 import subprocess
 import sys
@@ -24,13 +23,12 @@ import fit_latent
 import util
 from anogan import files, images, runs
 from benchmarks import measure
-from benchmarks.measure import RESULTS, ROOT
+from benchmarks.measure import CIFAR10, RESULTS, ROOT
 
 COLUMNS = (
     *("normal_class", "method", "seed", "roc_auc", "roc_auc_development", "n_test"),
     *("dataset", "image_size", "ngf", "epochs", "hardware", "git_commit"),
 )
-CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # On the original files: mean of ten classes, those classes for which we found a source, paper and preprocessing.
 # The ten figures of OCGAN and of GeoTrans are as Cheng et al. 2020 quote them; how these two and DROCC scale images is
 # from their authors' code
@@ -42,13 +40,13 @@ PUBLISHED: dict[str, tuple[float, dict[str, float], str]] = {
     "Deep SVDD": (64.8, {"automobile": 65.9}, RUFF),
     "OCGAN": (
         65.6,
-        dict(zip(CLASSES, (75.7, 53.0, 64.0, 62.0, 72.3, 62.0, 72.3, 57.5, 82.0, 55.4), strict=True)),
+        dict(zip(CIFAR10, (75.7, 53.0, 64.0, 62.0, 72.3, 62.0, 72.3, 57.5, 82.0, 55.4), strict=True)),
         "Perera et al. 2019; pixels in [-1, 1]",
     ),
     "DROCC": (74.2, {}, "Goyal et al. 2020; channels standardised"),
     "GeoTrans": (
         86.0,
-        dict(zip(CLASSES, (74.7, 95.7, 78.1, 72.4, 87.8, 87.8, 83.4, 95.5, 93.3, 91.3), strict=True)),
+        dict(zip(CIFAR10, (74.7, 95.7, 78.1, 72.4, 87.8, 87.8, 83.4, 95.5, 93.3, 91.3), strict=True)),
         "Golan and El-Yaniv 2018; pixels in [-1, 1]",
     ),
 }
@@ -105,34 +103,17 @@ def fit(config: Config, normal_class: str, seed: int) -> Path:
 def halves(run_dir: Path) -> tuple[dict[str, list[float]], int]:
     """ROC-AUC of each score of a run, [on the report half of its test split, on the other]; images in the first."""
     rows, is_anomaly = measure.test_rows(run_dir)
-    label = np.array([int(row["label"]) for row in rows])
-    development = np.isin(np.arange(len(rows)), images.stratified_subset(label, len(rows) // 2, seed=0))
+    report = measure.seeded_half(np.array([int(row["label"]) for row in rows]))
     about = {"split", "index", "source", "label", "class_name", "is_anomaly", "p_value", "flagged"}
     aucs = {
         name: [
             float(roc_auc_score(is_anomaly[half], np.array([float(row[name]) for row in rows])[half]))
-            for half in (~development, development)
+            for half in (report, ~report)
         ]
         for name in rows[0]
         if name not in about
     }
-    return aucs, int((~development).sum())
-
-
-def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows measured so far."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write_table(path: Path, rows: list[dict[str, str]]) -> None:
-    """All rows, whole or not at all."""
-    with files.replacing(path) as partial, partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    return aucs, int(report.sum())
 
 
 def to_markdown(rows: list[dict[str, str]]) -> str:
@@ -164,11 +145,11 @@ def to_markdown(rows: list[dict[str, str]]) -> str:
         lines.append(f"| `{method}` | " + " | ".join(cells) + f" | {mean} | {len(whole)} |")
     lines += [
         "",
-        "| published, on the original files | " + " | ".join(CLASSES) + " | mean | source |",
-        "|---|" + "---|" * (len(CLASSES) + 2),
+        "| published, on the original files | " + " | ".join(CIFAR10) + " | mean | source |",
+        "|---|" + "---|" * (len(CIFAR10) + 2),
     ]
     for name, (mean, of_class, source) in PUBLISHED.items():
-        cells = [str(of_class.get(each, "")) for each in CLASSES]
+        cells = [str(of_class.get(each, "")) for each in CIFAR10]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | **{mean}** | {source} |")
     return "\n".join(lines) + "\n"
 
@@ -176,7 +157,7 @@ def to_markdown(rows: list[dict[str, str]]) -> str:
 def main(config: Config) -> None:
     """Run what is missing, class by class, and make the tables."""
     path = RESULTS / "cifar10_table.csv"
-    rows = read_table(path)
+    rows = measure.read_rows(path)
     if not config.seeds:
         raise util.InputError("--seeds names no seed")
     ours = {
@@ -199,7 +180,7 @@ def main(config: Config) -> None:
             for method, (report, development) in aucs.items():
                 figures = {"roc_auc": f"{report:.4f}", "roc_auc_development": f"{development:.4f}"}
                 rows.append({**profile, "method": method, **figures, **where})
-            write_table(path, rows)
+            measure.write_rows(path, COLUMNS, rows)
     markdown = to_markdown([row for row in rows if all(row[key] == ours[key] for key in ours)])
     with files.replacing(path.with_suffix(".md")) as partial:
         partial.write_text(markdown, encoding="utf-8")

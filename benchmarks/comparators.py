@@ -49,15 +49,11 @@ class Config:
 
 def read_run(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """run.json and metrics.json. Raises InputError if a script has not run, or ran before another that it needs."""
-    record, metrics = runs.read_record(run_dir), files.read_json(run_dir / "metrics.json")
+    record, metrics = runs.read_record(run_dir), measure.read_metrics(run_dir)
     if missing := [script for script in SCRIPTS if script not in record]:
         raise util.InputError(f"{run_dir} lacks what {', '.join(missing)} leave: run them first, then evaluate.py")
     if missing := [name for name in SCORES if name not in metrics.get("test", {})]:
         raise util.InputError(f"{run_dir}/metrics.json lacks {', '.join(missing)}: run evaluate.py again")
-    for name, fingerprint in metrics.get("files", {}).items():
-        path = run_dir / name
-        if not path.is_file() or files.fingerprint(path) != fingerprint:
-            raise util.InputError(f"{run_dir}/metrics.json is of another {name}: run evaluate.py again")
     return record, metrics
 
 

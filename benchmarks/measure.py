@@ -1,4 +1,5 @@
-"""What the benchmarks share: seconds, FLOP, the machine's peak, the end of a search, and what a run folder says."""
+"""What the benchmarks share: seconds, FLOP, the machine's peak, the end of a search, what a run folder says, and the
+half of its test pictures that figures are of."""
 
 import csv
 import os
@@ -19,11 +20,12 @@ from tqdm import tqdm
 
 import fit_latent
 import util
-from anogan import images, loading, runs
+from anogan import files, images, loading, runs
 
 ROOT = Path(__file__).parents[1]
 RESULTS, DOCS = ROOT / "benchmarks/results", ROOT / "docs"  # where the benchmarks write
 BATCH_SIZE = 64  # images that are searched at once
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -140,6 +142,54 @@ def test_rows(run_dir: Path) -> tuple[list[dict[str, str]], np.ndarray]:
     with (run_dir / "scores.csv").open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
     return rows, np.array([row["is_anomaly"] == "1" for row in rows])
+
+
+def read_metrics(run_dir: Path) -> dict[str, Any]:
+    """A run's metrics.json, {} without one. Raises InputError if it is of other files than those in the folder now."""
+    metrics = files.read_json(run_dir / "metrics.json")
+    for name, fingerprint in metrics.get("files", {}).items():
+        path = run_dir / name
+        if not path.is_file() or files.fingerprint(path) != fingerprint:
+            raise util.InputError(f"{run_dir}/metrics.json is of another {name}: run evaluate.py again")
+    return metrics
+
+
+def seeded_half(label: np.ndarray) -> np.ndarray:
+    """The report half (N,) bool of CIFAR-10's test pictures, given their labels (N,): every class in its proportion.
+
+    Scores were chosen on the other half.
+    """
+    return ~np.isin(np.arange(len(label)), images.stratified_subset(label, len(label) // 2, seed=0))
+
+
+def report_half(rows: list[dict[str, str]], group_by: str | None) -> np.ndarray:
+    """The report half (N,) bool of a run's test pictures, given their rows in scores.csv.
+
+    Of CIFAR-10 it is the seeded one. Of a run whose `group_by` keeps pictures together it is every other group, else
+    every other picture, from the second on. Settings were chosen on the other half.
+    """
+    if {row["class_name"] for row in rows} == set(CIFAR10):
+        return seeded_half(np.array([int(row["label"]) for row in rows]))
+    place = np.arange(len(rows))
+    if group_by is not None:
+        _, place = np.unique([images.group_of(row["source"], group_by) for row in rows], return_inverse=True)
+    return place % 2 == 1
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a table that were measured so far."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, columns: tuple[str, ...], rows: list[dict[str, str]]) -> None:
+    """All rows of a table, whole or not at all."""
+    with files.replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def about(device: torch.device) -> dict[str, str | None]:
