@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from sklearn.metrics import roc_auc_score
 
 import fit_latent
 import util
@@ -100,20 +99,11 @@ def fit(config: Config, normal_class: str, seed: int) -> Path:
     return run_dir
 
 
-def halves(run_dir: Path) -> tuple[dict[str, list[float]], int]:
+def halves(run_dir: Path) -> tuple[dict[str, tuple[float, float]], int]:
     """ROC-AUC of each score of a run, [on the report half of its test split, on the other]; images in the first."""
     rows, is_anomaly = measure.test_rows(run_dir)
     report = measure.seeded_half(np.array([int(row["label"]) for row in rows]))
-    about = {"split", "index", "source", "label", "class_name", "is_anomaly", "p_value", "flagged"}
-    aucs = {
-        name: [
-            float(roc_auc_score(is_anomaly[half], np.array([float(row[name]) for row in rows])[half]))
-            for half in (report, ~report)
-        ]
-        for name in rows[0]
-        if name not in about
-    }
-    return aucs, int(report.sum())
+    return measure.aucs_of_halves(rows, is_anomaly, report), int(report.sum())
 
 
 def to_markdown(rows: list[dict[str, str]]) -> str:

@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from sklearn.metrics import roc_auc_score
 from torch.nn.functional import conv2d
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -174,6 +175,21 @@ def report_half(rows: list[dict[str, str]], group_by: str | None) -> np.ndarray:
     if group_by is not None:
         _, place = np.unique([images.group_of(row["source"], group_by) for row in rows], return_inverse=True)
     return place % 2 == 1
+
+
+def aucs_of_halves(
+    rows: list[dict[str, str]], is_anomaly: np.ndarray, in_report: np.ndarray
+) -> dict[str, tuple[float, float]]:
+    """ROC-AUC of each score in rows of scores.csv, on the report half and on the other, the development half."""
+    about = {"split", "index", "source", "label", "class_name", "is_anomaly", "p_value", "flagged"}
+    return {
+        name: tuple(
+            float(roc_auc_score(is_anomaly[half], np.array([float(row[name]) for row in rows])[half]))
+            for half in (in_report, ~in_report)
+        )
+        for name in rows[0]
+        if name not in about
+    }
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

@@ -98,8 +98,14 @@ def our_row(run: Judged) -> Row:
     run_dir = run.gan.run_dir
     record, metrics = runs.read_record(run_dir), measure.read_metrics(run_dir)
     name = metrics["threshold"]["score"]
-    command = next(score.source.command for score in scores.with_pools(evaluate.SCORES) if score.name == name)
-    trained = [record[each] for each in record if each == "train_gan" or command.endswith(f"detectors.{each}")]
+    declared = scores.with_pools(evaluate.SCORES)
+    parts = next(score.parts or (name,) for score in declared if score.name == name)
+    commands = {score.source.command for score in declared if score.name in parts}
+    trained = [
+        record[each]
+        for each in record
+        if each == "train_gan" or any(command.endswith(f"detectors.{each}") for command in commands)
+    ]
     about = record["train_gan"]
     return {
         **dict.fromkeys(COLUMNS, ""),
