@@ -162,7 +162,7 @@ def test_every_row_is_measured_once(digits_workdir: Path, results: Path, monkeyp
 def test_the_seconds_of_our_score_are_of_what_it_needs(digits_workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = peers.open_run(digits_workdir / "outputs/digits-0", 1000)
     record = json.loads((run.gan.run_dir / "run.json").read_text())
-    for score, needs in (("peak", []), ("rotation", ["rotnet"]), ("combined", ["rotnet"]), ("acae", ["acae"])):
+    for score, needs in (("peak", []), ("rotation", ["rotnet"]), ("combined", ["rotnet", "pca"]), ("acae", ["acae"])):
         metrics = {"threshold": {"score": score}}
         monkeypatch.setattr(measure, "read_metrics", lambda run_dir, metrics=metrics: metrics)
         expected = sum(record[script]["seconds"] for script in ["train_gan", *needs])

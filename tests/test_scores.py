@@ -271,7 +271,7 @@ def test_the_default_rests_on_what_was_trained(trained: Path, run_here: Callable
         without.append(judged_by())
         if name == "rotnet.pt":  # what the test images were judged by, and validation images are kept for, is used
             run_here("evaluate.py", "--images", str(picture), "--device", "cpu")
-            assert "pca_peak" in read_scores(trained / "images-new.png")[0]
+            assert "pca_peak" in read_scores(trained / "images-new")[0]
     assert [with_pca, *without] == ["combined", "pca_peak", "anomaly_score"]
 
 
