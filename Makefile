@@ -52,20 +52,20 @@ washers washers-grey: $(VENV)/installed
 	$(BIN)/python fit_latent.py --run-dir outputs/$@-good --steps 50 --images data/$@/new
 	$(BIN)/python evaluate.py --run-dir outputs/$@-good --images data/$@/new
 
-# The GAN is not used for the scores of CutPaste: a small one, and one epoch, are enough
+# The GAN is not used for the scores of CutPaste and PCA: a small one, and one epoch, are enough
 magnetic-tile: $(VENV)/installed
 	test -d data/magnetic_tile || $(BIN)/python -m examples.magnetic_tile --archive $(REAL)/magnetic_tile.tar.xz
 	$(BIN)/python train_gan.py --dataset data/magnetic_tile --normal-class good --run-dir outputs/magnetic-tile-good \
 	    --group-by 'tile(\d+)' --picture-size 128 --image-size 64 --ngf 8 --epochs 1
 	$(BIN)/python -m detectors.cutpaste --run-dir outputs/magnetic-tile-good
-	$(BIN)/python evaluate.py --run-dir outputs/magnetic-tile-good --score cutpaste_peak
+	$(BIN)/python evaluate.py --run-dir outputs/magnetic-tile-good
 
 elpv: $(VENV)/installed
 	test -d data/elpv-mono || { $(BIN)/pip install --quiet elpv-dataset && $(BIN)/python -m examples.elpv; }
 	$(BIN)/python train_gan.py --dataset data/elpv-mono --normal-class good --run-dir outputs/elpv-mono-good \
-	    --picture-size 128 --image-size 64 --ngf 8 --epochs 1
-	$(BIN)/python -m detectors.cutpaste --run-dir outputs/elpv-mono-good --epochs 45
-	$(BIN)/python evaluate.py --run-dir outputs/elpv-mono-good --score cutpaste_peak
+	    --ngf 8 --epochs 1
+	$(BIN)/python -m detectors.pca --run-dir outputs/elpv-mono-good
+	$(BIN)/python evaluate.py --run-dir outputs/elpv-mono-good
 
 test: $(VENV)/installed-dev browser
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
