@@ -63,7 +63,7 @@ magnetic-tile: $(VENV)/installed
 elpv: $(VENV)/installed
 	test -d data/elpv-mono || { $(BIN)/pip install --quiet elpv-dataset && $(BIN)/python -m examples.elpv; }
 	$(BIN)/python train_gan.py --dataset data/elpv-mono --normal-class good --run-dir outputs/elpv-mono-good \
-	    --ngf 8 --epochs 1
+	    --image-size 64 --ngf 8 --epochs 1
 	$(BIN)/python -m detectors.pca --run-dir outputs/elpv-mono-good
 	$(BIN)/python evaluate.py --run-dir outputs/elpv-mono-good
 

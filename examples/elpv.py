@@ -54,7 +54,9 @@ def main(config: Config) -> None:
             for row in rows:
                 Image.fromarray(cells[row]).save(partial / name / f"cell{row + 1:04d}.png")
     print(f"wrote {config.folder}/: {', '.join(f'{len(rows)} {name}' for name, rows in classes.items())}")
-    print(f"next: python train_gan.py --dataset {util.quoted(config.folder)} --normal-class good --epochs 1")
+    print(
+        f"next: python train_gan.py --dataset {util.quoted(config.folder)} --normal-class good --image-size 64 --epochs 1"
+    )
 
 
 if __name__ == "__main__":
