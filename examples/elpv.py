@@ -54,9 +54,8 @@ def main(config: Config) -> None:
             for row in rows:
                 Image.fromarray(cells[row]).save(partial / name / f"cell{row + 1:04d}.png")
     print(f"wrote {config.folder}/: {', '.join(f'{len(rows)} {name}' for name, rows in classes.items())}")
-    print(
-        f"next: python train_gan.py --dataset {util.quoted(config.folder)} --normal-class good --image-size 64 --epochs 1"
-    )
+    where = util.quoted(config.folder)
+    print(f"next: python train_gan.py --dataset {where} --normal-class good --image-size 64 --epochs 1")
 
 
 if __name__ == "__main__":
