@@ -302,7 +302,7 @@ def images_of_gan(gan: TrainedGAN, skip_unreadable: bool = False) -> pictures.Pi
 def remembered(
     gan: TrainedGAN,
     name: str,
-    trained: Trained,
+    fingerprint: str,
     make: Callable[[Iterable[torch.Tensor]], dict[str, torch.Tensor]],
     most: int,
     training: pictures.Pictures | None = None,
@@ -311,16 +311,16 @@ def remembered(
 
     `make` takes batches of (N, C, H, H) in [-1, 1]. What it returns is kept in <name>-normals.npz in the run folder, so
     that the training images are needed once, by default read from the data set. It is made again for another
-    checkpoint. Raises InputError as `images_of_gan` does.
+    `fingerprint`, that of the checkpoint and of what else it rests on. Raises InputError as `images_of_gan` does.
     """
     path = gan.run_dir / f"{name}-normals.npz"
-    kept = _read_normals(path, name, trained.fingerprint)
+    kept = _read_normals(path, name, fingerprint)
     if kept is None:
         training = images_of_gan(gan, skip_unreadable=True) if training is None else training
         with full_precision():
             made = make(map(gan.to_model, training.some(most).split(256)))
         kept = {each: value.cpu().numpy() for each, value in made.items()}
-        files.write_arrays(path, **kept, **{name: trained.fingerprint})
+        files.write_arrays(path, **kept, **{name: fingerprint})
     return {each: torch.from_numpy(value).to(gan.device) for each, value in kept.items()}
 
 

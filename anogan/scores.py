@@ -29,6 +29,7 @@ class Source:
     command: str  # that makes it
     load: Callable[[runs.TrainedGAN, ImageSets], Any]
     scores_unlabelled: bool = True  # whether it has scores for pictures without labels too
+    version: int = 1  # raised where its scores change, so that those that a run folder keeps are made anew
 
     def is_there(self, run_dir: Path, splits: Sequence[str]) -> bool:
         """Whether one of its files for these splits is in the run folder."""

@@ -432,6 +432,8 @@ def keep_normals(validation: ScoredSplit) -> None:
     about = {"index": validation.images.index, "split": "validation", "gan": gan.fingerprint, "rests_on": rests_on}
     about |= {"stride": json.dumps(validation.stride), "patch_range": np.array(patch_range(validation))}
     about["maps"] = json.dumps(list(validation.usual))
+    sources = {score.source for score in validation.declared.values() if not score.parts}
+    about["versions"] = json.dumps({source.file: source.version for source in sources})
     for name, usual in validation.usual.items():
         about |= {f"{name}_usual_{each}": np.array(getattr(usual, each)) for each in USUAL}
     files.write_arrays(gan.run_dir / NORMALS, **validation.scores, **about)
@@ -454,7 +456,9 @@ def scores_of_normals(gan: runs.TrainedGAN, declared: Sequence[Score], request: 
         else:
             rests_on = json.loads(str(kept["rests_on"]))
             names = {score.source.file.format(split="validation") for score in there}
+            versions = json.loads(str(kept.get("versions", "{}")))
             is_current = all(rests_on.get(name) == files.fingerprint(gan.run_dir / name) for name in names)
+            is_current &= all(versions.get(score.source.file, 1) == score.source.version for score in there)
             is_whole = all(name in kept for name in ("stride", "patch_range", "maps", *(score.name for score in there)))
             if is_current and is_whole and _has_images(gan, kept["index"]):
                 usual = {}

@@ -187,7 +187,8 @@ class Loaded:
 def remember(gan: runs.TrainedGAN, training: Pictures | None = None) -> Loaded:
     """The network and its Gaussians, see `runs.remembered`. Raises InputError as that and `load` do."""
     trained = load(gan)
-    kept = runs.remembered(gan, "cutpaste", trained, partial(gaussians, trained.network), MEMORY, training)
+    rests_on = f"{trained.fingerprint}, shrunk by {SHRINKAGE}"
+    kept = runs.remembered(gan, "cutpaste", rests_on, partial(gaussians, trained.network), MEMORY, training)
     return Loaded(
         trained.network, *(Gaussian(kept[f"{of}_mean"], kept[f"{of}_precision"]) for of in ("whole", "place"))
     )
@@ -205,7 +206,7 @@ def distance_map(loaded: Loaded, x: torch.Tensor) -> torch.Tensor:
     return interpolate(distances[:, None], x.shape[-2:], mode="bilinear")
 
 
-CUTPASTE = Source("cutpaste.pt", COMMAND, lambda gan, image_sets: remember(gan))
+CUTPASTE = Source("cutpaste.pt", COMMAND, lambda gan, image_sets: remember(gan), version=2)
 DISTANCE = HeatMap(
     "distance",
     CUTPASTE,

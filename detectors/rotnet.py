@@ -213,7 +213,8 @@ def mahalanobis(rotnet: nn.Module, x: torch.Tensor, normal: NormalFeatures) -> t
 def remember(gan: runs.TrainedGAN, training: Pictures | None = None) -> tuple[RotNet, NormalFeatures]:
     """RotNet, and what it makes of the training images, see `runs.remembered`. Raises InputError as that and `load`."""
     trained = load(gan)
-    normal = runs.remembered(gan, "rotnet", trained, partial(normal_features, trained.network), MEMORY, training)
+    make = partial(normal_features, trained.network)
+    normal = runs.remembered(gan, "rotnet", trained.fingerprint, make, MEMORY, training)
     return trained.network, NormalFeatures(**normal)
 
 

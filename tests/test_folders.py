@@ -377,6 +377,12 @@ def test_kept_scores_of_normals_are_made_anew_when_they_rest_on_something_else(
     run_here("evaluate.py", "--images", "new", "--score", "rotation", *CPU)  # a score that was not there before
     with np.load(path) as kept:
         assert "rotation" in kept.files and "anomaly_score" in kept.files
+        arrays = dict(kept)
+    other = {"p_d": arrays["p_d"] + 1, "versions": json.dumps({"gan.pt": 0})}  # of scores that were defined otherwise
+    np.savez(path, **arrays | other)
+    run_here("evaluate.py", "--images", "new", "--score", "p_d", *CPU)
+    with np.load(path) as kept:
+        np.testing.assert_allclose(kept["p_d"], arrays["p_d"])
     path.write_bytes(b"damaged")
     run_here("evaluate.py", "--images", "new", *CPU)
     assert "scoring the validation images again" in capsys.readouterr().out
