@@ -17,7 +17,7 @@ from PIL import Image
 import evaluate
 import util
 from anogan import files, heatmaps, masks, plots, runs, scores, scoring, verdicts
-from anogan.scoring import ScoredSplit, Shown
+from anogan.scoring import ScoredSplit
 
 
 @dataclass
@@ -40,13 +40,13 @@ def chosen(test: ScoredSplit, score: str, each: int) -> tuple[np.ndarray, list[s
     return np.array(rows), words
 
 
-def mask_panel(test: ScoredSplit, path: Path | None, shown: Shown) -> np.ndarray:
-    """The mask of a picture where the networks look, as a panel uint8 (H, W, 3) as large as it; grey without one."""
-    height, width = shown.real.shape[:2]
+def mask_panel(test: ScoredSplit, row: int, path: Path | None, shape: tuple[int, ...]) -> np.ndarray:
+    """The mask of a picture where the networks look, as a panel of this shape, uint8 (H, W, 3); grey without one."""
+    height, width = shape[:2]
     if path is None:
         return np.full((height, width, 3), 128, np.uint8)
-    size = test.images.picture(shown.row, test.gan.view).size
-    mask = masks.open_mask(path, test.images.source[shown.row], test.images.open(shown.row), size)
+    size = test.images.picture(row, test.gan.view).size
+    mask = masks.open_mask(path, test.images.source[row], test.images.open(row), size)
     whole = Image.fromarray((255 * mask).astype(np.uint8)).convert("RGB")
     return np.asarray(whole.crop(test.gan.view.window(size)).resize((width, height)))
 
@@ -75,15 +75,15 @@ def main(config: Config) -> None:
     headers = ["picture", "heat map", "marked"]
     if masks.has_masks(gan.dataset):
         paths = masks.find_masks(gan.dataset, test.images.source[rows])
-        for of_picture, row, each in zip(panels, rows, found, strict=True):
-            of_picture.append(mask_panel(test, paths.get(test.images.source[row]), each))
+        for of_picture, row in zip(panels, rows, strict=True):
+            of_picture.append(mask_panel(test, row, paths.get(test.images.source[row]), of_picture[0].shape))
         headers.append("mask")
     p_value = verdict.p_value["test"]
     captions = [
         [plots.shown(test.class_name[i], 16), word, f"p = {p_value[i]:.2g}"]
         for i, word in zip(rows, words, strict=True)
     ]
-    title = f"{plots.shown(gan.run_dir.name)}: of each class the highest and the lowest {test.declared[score].label}"
+    title = f"{plots.shown(gan.run_dir.name)}: of each class the highest and the lowest {score}"
     plots.panels_of_images(config.out, panels, headers, captions, title)
     print(f"wrote {config.out}")
 
