@@ -15,6 +15,7 @@ of an AMD EPYC without AVX-512.
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ SCORES = (
     *f_anogan.SCORES,
     *acae.SCORES,
     *rotnet.SCORES,
-    *cutpaste.SCORES,
     *pca.SCORES,
+    *cutpaste.SCORES,
     scores.GAN_R,
     *baselines.SCORES,
     scores.COMBINED,
@@ -120,6 +121,7 @@ def evaluate_splits(gan: runs.TrainedGAN, config: Config) -> dict[str, Any]:
     verdict = verdicts.decide(scored, validation.scores, score, config.alpha, config.fdr)
     measured["threshold"] = {
         "score": score,
+        "parts": [name for name in test.declared[score].parts if name in test.declared],
         "alpha": config.alpha,
         "fdr": config.fdr,
         "value": verdict.threshold if math.isfinite(verdict.threshold) else None,
@@ -146,7 +148,8 @@ def judge_pictures(gan: runs.TrainedGAN, config: Config) -> dict[str, dict[str, 
     """A verdict on each of the pictures without labels; returns score, p_value and flagged by path."""
     pictures = images.open_pictures(config.images)
     # by default the score that the test images were judged by, so that what was measured is what is used
-    before = files.read_json(gan.run_dir / "metrics.json").get("threshold", {}).get("score")
+    measured = files.read_json(gan.run_dir / "metrics.json").get("threshold", {})
+    before = measured.get("score")
     if config.score is None and before not in (None, *(score.name for score in scores.declared_for(gan, SCORES))):
         raise util.InputError(
             f"{gan.run_dir} was last judged by {before}, which is no score any more: run evaluate.py again, or name "
@@ -155,6 +158,8 @@ def judge_pictures(gan: runs.TrainedGAN, config: Config) -> dict[str, dict[str, 
     score = config.score or before or default_score(gan.run_dir)
     request = scoring.Request(score, True, config.batch_size, config.skip_unreadable)
     normals = scoring.scores_of_normals(gan, SCORES, request)
+    if config.score is None and before == scores.COMBINED.name:
+        check_parts(gan.run_dir, measured.get("parts", []), normals.scores)
     scored = scoring.score_run(gan, {"images": pictures}, SCORES, request, normals)
     verdict = verdicts.decide(scored, normals.scores, score, config.alpha, config.fdr)
     judged = scored["images"]
@@ -171,11 +176,21 @@ def judge_pictures(gan: runs.TrainedGAN, config: Config) -> dict[str, dict[str, 
 
 
 def default_score(run_dir: Path) -> str:
-    """What a verdict rests on if no score is named: `combined` if two or more of its parts are there, or the only one;
-    the paper's A(x) if no detector was trained."""
+    """What a verdict rests on if no score is named: `combined` if two or more of its parts are there; the only one; or
+    the paper's A(x) without any."""
     parts = [score for score in SCORES if score.name in scores.COMBINED.parts]
     there = [score.name for score in parts if score.source.is_there(run_dir, [])]
     return "combined" if len(there) > 1 else there[0] if there else "anomaly_score"
+
+
+def check_parts(run_dir: Path, measured: list[str], present: Iterable[str]) -> None:
+    """Raise InputError unless `combined` has the parts that it had when it was measured."""
+    now = [name for name in scores.COMBINED.parts if name in present]
+    if now != measured:
+        raise util.InputError(
+            f"{run_dir} was last judged by combined of {', '.join(measured)}, and now there are {', '.join(now)}: run "
+            "evaluate.py again, or name a score with --score"
+        )
 
 
 def check_both_kinds(test: ScoredSplit) -> None:

@@ -103,7 +103,7 @@ def naming_damage(path: Path, command: str) -> Iterator[None]:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'}"
         raise InputError(
             f"{path} is damaged or was not written by this {command}, and nothing in it was run ({reason}): "
-            f"remove it and run {command} again, or name another run with --run-dir"
+            f"remove {path.name} and run {command} again, or name another run with --run-dir"
         ) from error
 
 
@@ -232,7 +232,7 @@ def load_trained(
         if other := [name for name in same if settings[name] != of_gan[name]]:
             raise InputError(
                 f"{path} was trained for another gan.pt than the one that is there now (other {', '.join(other)}): "
-                f"remove it, and run {command} {where} again"
+                f"remove {path.name}, and run {command} {where} again"
             )
         network.load_state_dict(state[part])
     freeze(network, gan.device)

@@ -253,18 +253,23 @@ def combined(
 
     Takes the scores of a split and of validation by name, (N,) and (V,). Each logarithm counts minus its mean over
     validation normals, over their standard deviation; without the logarithm the score with the longest tail would drown
-    the others. Scores are distances or losses, from 0 up; those under 1e-6, which rounding can
-    bring about, count as 1e-6. A part that is the same for all validation normals, or of which there is only one, is
-    not scaled.
+    the others. Most scores are distances or losses, from 0 up; those under 1e-6, which rounding can bring about, count
+    as 1e-6. Of the peaks of a heat map, which lie around 0 where it is relative to what is usual, it is log(1 + v), and
+    those below 0 count as 0. A part that is the same for all validation normals, or of which there is only one, is not
+    scaled.
     """
     names = [name for name in weights if name in of_validation]
     total = np.zeros(len(of_split[names[0]]))
     for name in names:
-        part, normal = (np.log(np.maximum(of[name], 1e-6, dtype=np.float64)) for of in (of_split, of_validation))
+        part, normal = (of[name].astype(np.float64) for of in (of_split, of_validation))
+        part, normal = (
+            np.log1p(np.maximum(v, 0)) if name in PEAKS else np.log(np.maximum(v, 1e-6)) for v in (part, normal)
+        )
         total += weights[name] * (part - normal.mean()) / (normal.std() or 1.0)
     return total
 
 
+PEAKS = ("pca_peak",)  # parts of `combined` that are the largest value of a heat map
 # The parts of `combined` and their weights: what was trained to suit the pictures. A(x) and `peak` are not among them:
 # on natural pictures they follow contrast, see docs/experiments.md#combined
 WEIGHTS = {"rotation": 1.0, "neighbours": 0.5, "mahalanobis": 0.5, "cutpaste": 1.0, "pca_peak": 0.5}

@@ -187,7 +187,7 @@ def score_run(
     declared = declared_for(gan, declared)
     loaded, image_sets = _load_sources(gan, image_sets, declared, request)
     present = [score for score in declared if score.source in loaded]
-    present += _made_of(declared, present)
+    present += _made_of(declared, present, None if normals is None else normals.scores)
     scored: dict[str, ScoredSplit] = {}
     stride = _stride(gan, loaded, normals)
     maps = list(dict.fromkeys(score.map for score in present if score.map is not None))
@@ -195,10 +195,11 @@ def score_run(
     if normals is not None:  # a map is read against that of the normals: without theirs there is none
         maps = [each for each in maps if peak_of(each, present) in normals.scores]
     if not maps:
-        print("without heat maps, since these images were not searched: fit_latent.py does it")
+        print("without heat maps, since these images were not searched: run fit_latent.py, or python -m detectors.pca")
     judged = next(score for score in declared if score.name == request.score)
-    # the map of the method that the verdict rests on, else the first that there is
-    shown = next((each for each in maps if each.source is judged.source), next(iter(maps), None))
+    rests_on = {score.source for score in declared if score is judged or score.name in judged.parts}
+    # the map of a method that the verdict rests on, else the first that there is
+    shown = next((each for each in maps if each.source in rests_on), next(iter(maps), None))
     for split, image_set in image_sets.items():
         found = loaded[LATENTS][split] if LATENTS in loaded else None
         searched = stride if found is None else found
@@ -234,10 +235,12 @@ def score_run(
     return scored
 
 
-def _made_of(declared: Sequence[Score], present: Sequence[Score]) -> list[Score]:
-    """The declared scores that are made of others of which two or more are present."""
+def _made_of(declared: Sequence[Score], present: Sequence[Score], normals: Iterable[str] | None = None) -> list[Score]:
+    """The declared scores that are made of others of which two or more are present: all that the normals have."""
     names = {score.name for score in present}
-    return [score for score in declared if len(names.intersection(score.parts)) > 1]
+    of_normals = names if normals is None else set(normals)
+    parts = {score.name: of_normals.intersection(score.parts) for score in declared}
+    return [score for score in declared if len(parts[score.name]) > 1 and parts[score.name] <= names]
 
 
 def patch_range(scored: ScoredSplit) -> tuple[int, int]:
@@ -257,17 +260,23 @@ def _name_others(split: str, scored: ScoredSplit, of_normals: tuple[int, int]) -
             f"picture, such as {printable(scored.images.source[others[0]])} ({scored.patch_counts[others[0]]} patches, "
             f"not {fewest} to {most}): their p-values do not hold, since scores depend on the number of patches"
         )
-    if scored.map is None or scored.map.name not in scored.usual:
+    if not scored.usual:
         return
-    height, width = scored.usual[scored.map.name].total.shape
+    height, width = next(iter(scored.usual.values())).total.shape  # of all maps: that of the pictures
     others = np.flatnonzero((scored.seen_size != (height, width)).any(1))
     if len(others) > 0:
         one = "x".join(map(str, scored.seen_size[others[0]][::-1]))
         print(
             f"{split}: {len(others)} of {len(scored.images)} pictures have another size than the validation pictures, "
             f"such as {printable(scored.images.source[others[0]])} ({one}, not {width}x{height}): what is usual at a "
-            f"place does not hold for them, so do not judge them by {scored.peak}"
+            f"place does not hold for them, so do not judge them by {' or '.join(_by_place(scored))}"
         )
+
+
+def _by_place(scored: ScoredSplit) -> list[str]:
+    """The names of the scores that rest on what is usual at a place."""
+    peaks = [name for name, score in scored.declared.items() if score.map and score.map.name in scored.usual]
+    return peaks + [name for name, score in scored.declared.items() if set(peaks).intersection(score.parts)]
 
 
 def _usual(
@@ -331,8 +340,8 @@ def _load_sources(
     if wanted.parts:
         if sum(score.source in loaded for score in declared if score.name in wanted.parts) < 2:
             raise InputError(
-                f"there is no score {wanted.name} here: it takes two or more of {', '.join(wanted.parts)}, see "
-                "docs/scores.md"
+                f"there is no score {wanted.name} here: it takes two or more of {', '.join(wanted.parts)}, of "
+                f"{' and '.join(sorted(source.command for source in of_wanted if source is not None))}"
             )
     elif wanted.source not in loaded:
         does_not = "images" in image_sets and not wanted.source.scores_unlabelled

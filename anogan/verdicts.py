@@ -8,6 +8,7 @@ import numpy as np
 from scipy.stats import beta, false_discovery_control
 
 from anogan import heatmaps
+from anogan.scores import COMBINED
 from anogan.scoring import ScoredSplit
 from util import quoted
 
@@ -165,8 +166,10 @@ def advice(test: ScoredSplit, verdict: Verdict, metrics: dict[str, dict[str, Any
     ]
     run_dir = f"--run-dir {quoted(test.gan.run_dir)}"
     again = f"python evaluate.py {run_dir}"
-    if "combined" in metrics and verdict.score != "combined" and is_good("combined"):
-        lines.append(f"- {again} --score combined")
+    good = [name for name in ("combined", *COMBINED.parts) if name in metrics and is_good(name)]
+    if good:
+        best = max(good, key=lambda name: metrics[name]["roc_auc"])
+        lines.append(f"- of what was trained already: {again} --score {best}")
     if "rotation" not in metrics and test.gan.augment is None:
         natural = "- for natural pictures, such as animals or vehicles: "
         lines.append(f"{natural}python -m detectors.rotnet {run_dir}, then {again}")

@@ -16,8 +16,9 @@ from PIL import Image
 
 import evaluate
 import util
-from anogan import files, heatmaps, masks, plots, runs, scores, scoring, verdicts
+from anogan import heatmaps, masks, plots, runs, scores, scoring, verdicts
 from anogan.scoring import ScoredSplit
+from benchmarks import measure
 
 
 @dataclass
@@ -34,9 +35,10 @@ def chosen(test: ScoredSplit, score: str, each: int) -> tuple[np.ndarray, list[s
     for name in np.unique(test.class_name[test.is_anomaly]):
         ranked = test.ranked(score)
         ranked = ranked[test.class_name[ranked] == name]
-        few = min(each, len(ranked) // 2)
-        rows += [*ranked[:few], *ranked[len(ranked) - few :]]
-        words += ["highest"] * few + ["lowest"] * few
+        highest, rest = ranked[:each], ranked[each:]
+        lowest = rest[len(rest) - min(each, len(rest)) :]
+        rows += [*highest, *lowest]
+        words += ["highest"] * len(highest) + ["lowest"] * len(lowest)
     return np.array(rows), words
 
 
@@ -56,11 +58,12 @@ def main(config: Config) -> None:
     util.check_at_least(config, 1, "each")
     util.check_share(config, "alpha")
     gan = runs.load_gan(runs.find_run(config.run_dir), torch.device("cpu"))
-    score = files.read_json(gan.run_dir / "metrics.json").get("threshold", {}).get("score")
+    score = measure.read_metrics(gan.run_dir).get("threshold", {}).get("score")
     if score is None:
         raise util.InputError(f"{gan.run_dir} was not evaluated: run evaluate.py first")
     judged = next(each for each in scores.declared_for(gan, evaluate.SCORES) if each.name == score)
-    declared = [each for each in evaluate.SCORES if each.name in (score, *judged.parts) or each.map is not None]
+    needed = (score, judged.pooled_of, *judged.parts)
+    declared = [each for each in evaluate.SCORES if each.name in needed or each.map is not None]
     with util.full_precision():
         image_sets = {split: runs.open_split(gan, split) for split in ("validation", "test")}
         scored = scoring.score_run(gan, image_sets, declared, scoring.Request(score, True, 256, False))

@@ -36,6 +36,9 @@ def main(config: Config) -> None:
     """Read, average, print."""
     if not config.run_dirs:
         raise util.InputError("name one or more evaluated run folders")
+    pictures = [[row["source"] for row in measure.test_rows(run_dir)[0]] for run_dir in config.run_dirs]
+    if any(each != pictures[0] for each in pictures):
+        raise util.InputError("the runs were evaluated on different test pictures: name runs of the same ones")
     found = [of_run(run_dir) for run_dir in config.run_dirs]
     common = [name for name in found[0] if all(name in of for of in found)]
     if unknown := set(config.scores) - set(common):

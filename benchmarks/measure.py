@@ -139,7 +139,9 @@ def search_loss(gan: runs.TrainedGAN, x: torch.Tensor, z: torch.Tensor, config: 
 
 
 def test_rows(run_dir: Path) -> tuple[list[dict[str, str]], np.ndarray]:
-    """The rows of the test split in a run's scores.csv, and which of them are anomalies (N,)."""
+    """The rows of the test split in a run's scores.csv, and which are anomalies (N,). Raises InputError without one."""
+    if not (run_dir / "scores.csv").is_file():
+        raise util.InputError(f"{run_dir} has no scores.csv: run evaluate.py first")
     with (run_dir / "scores.csv").open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
     return rows, np.array([row["is_anomaly"] == "1" for row in rows])

@@ -33,7 +33,8 @@ from benchmarks import measure
 from benchmarks.peer_methods import CPU, METHODS, Pictures
 
 # A row is measured once for each of KEY. `side` is that of pictures; `minutes` is empty where a method ends by itself
-KEY = ("data", "normal_class", "training_images", "test_images", "method", "side", "seed", "minutes")
+RUN = ("data", "normal_class", "training_images", "test_images", "seed")
+KEY = (*RUN[:4], "method", "side", "seed", "minutes")
 FIGURES = ("roc_auc", "roc_auc_report", "training_seconds", "ms_a_picture", "size")
 COLUMNS = (*KEY, *FIGURES, "versions", "hardware", "git_commit")
 
@@ -188,7 +189,8 @@ def check(config: Config) -> None:
     if unknown := set(config.methods) - set(METHODS):
         raise util.InputError(f"unknown method {min(unknown)!r}: choose --methods from {', '.join(METHODS)}")
     for seed in config.seeds:
-        util.check_seed(seed)
+        if not 0 <= seed < 2**63:
+            raise util.InputError(f"--seeds must lie between 0 and 2**63 - 1, not {seed}")
     util.check_at_least(config, 0.01, "minutes")
     util.check_at_least(config, 4, "max_test")
     installed = {each.name.lower() for each in metadata.distributions()}
@@ -202,7 +204,9 @@ def main(config: Config) -> None:
     rows = measure.read_rows(measure.RESULTS / "peers.csv")
     opened = [open_run(run_dir, config.max_test) for run_dir in config.run_dirs]
     of_ours = [our_row(run) for run in opened]  # what is missing must be said before the first training
-    rows = [row for row in rows if all(any(row[name] != ours[name] for name in KEY) for ours in of_ours)] + of_ours
+    ours_before = [tuple(ours[name] for name in RUN) for ours in of_ours]
+    rows = [r for r in rows if not (r["method"].startswith("ours") and tuple(r[name] for name in RUN) in ours_before)]
+    rows += of_ours
     for run in opened:
         for seed in config.seeds:
             for name in config.methods or METHODS:

@@ -37,6 +37,7 @@ SAME = (*runs.SAME_IMAGES, "ndf")  # what a checkpoint must share with the GAN
 VERSIONS = 3  # of a picture: as it is, with a piece, with a scar
 MEMORY = 2000  # training images or patches at most that the scores compare with
 SHRINKAGE = 0.03  # of their features' covariance, at least
+VERSION = 2  # of the scores, see `Source`: it says whether what a run folder keeps is of this code
 
 
 @dataclass
@@ -187,7 +188,7 @@ class Loaded:
 def remember(gan: runs.TrainedGAN, training: Pictures | None = None) -> Loaded:
     """The network and its Gaussians, see `runs.remembered`. Raises InputError as that and `load` do."""
     trained = load(gan)
-    rests_on = f"{trained.fingerprint}, shrunk by {SHRINKAGE}"
+    rests_on = f"{trained.fingerprint} version {VERSION}"
     kept = runs.remembered(gan, "cutpaste", rests_on, partial(gaussians, trained.network), MEMORY, training)
     return Loaded(
         trained.network, *(Gaussian(kept[f"{of}_mean"], kept[f"{of}_precision"]) for of in ("whole", "place"))
@@ -206,7 +207,7 @@ def distance_map(loaded: Loaded, x: torch.Tensor) -> torch.Tensor:
     return interpolate(distances[:, None], x.shape[-2:], mode="bilinear")
 
 
-CUTPASTE = Source("cutpaste.pt", COMMAND, lambda gan, image_sets: remember(gan), version=2)
+CUTPASTE = Source("cutpaste.pt", COMMAND, lambda gan, image_sets: remember(gan), version=VERSION)
 DISTANCE = HeatMap(
     "distance",
     CUTPASTE,

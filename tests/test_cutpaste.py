@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, read_scores
 from PIL import Image
 from scipy.spatial.distance import mahalanobis
 
@@ -153,3 +153,31 @@ def test_it_finds_and_shows_what_was_moved_without_a_search(
     for score, shown in (("cutpaste", "distance"), ("anomaly_score", "difference")):
         run_here("evaluate.py", "--run-dir", str(run_dir), "--score", score, "--bootstrap", "20", *CPU)
         assert json.loads((run_dir / "metrics.json").read_text())["pixels"]["map"] == shown
+
+    # with PCA the verdict rests on both, for new pictures too, and the map is one of theirs
+    run_here("detectors.pca", "--run-dir", str(run_dir))
+    run_here("evaluate.py", "--run-dir", str(run_dir), "--bootstrap", "20", *CPU)
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert metrics["threshold"]["parts"] == ["cutpaste", "pca_peak"] and metrics["test"]["combined"]["roc_auc"] > 0.7
+    assert metrics["threshold"]["score"] == "combined" and metrics["pixels"]["map"] == "linear_difference"
+    new = str(stripes / "test/moved")
+    run_here("evaluate.py", "--run-dir", str(run_dir), "--images", new, *CPU)
+    of_test = {row["source"]: row["combined"] for row in read_scores(run_dir)}
+    for row in read_scores(run_dir / "images-moved"):
+        expected = float(of_test["test/moved/" + Path(row["source"]).name])
+        assert float(row["combined"]) == pytest.approx(expected, rel=1e-3, abs=1e-3)
+    (run_dir / "pca.pt").unlink()
+    message = fails("evaluate.py", "--run-dir", str(run_dir), "--images", new, *CPU)
+    assert "was last judged by combined of cutpaste, pca_peak, and now there are cutpaste" in message
+
+
+def test_the_covariance_is_shrunk() -> None:
+    """Of features that span two dimensions of many, the smallest eigenvalue is a share of the mean one."""
+    torch.manual_seed(0)
+    network = cutpaste.CutPaste(32, 1, 4).eval()
+    x = torch.rand(2, 1, 32, 32) - 0.5
+    with torch.no_grad():
+        found = cutpaste.gaussians(network, [torch.cat([x.lerp(x.flip(0), share) for share in torch.rand(20)])])
+    for of in ("whole", "place"):
+        variances = 1 / torch.linalg.eigvalsh(found[f"{of}_precision"].double())
+        assert variances.min() > 0.9 * cutpaste.SHRINKAGE * variances.mean()

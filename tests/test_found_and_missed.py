@@ -18,8 +18,8 @@ def test_which_are_chosen() -> None:
     order = np.argsort(-score)
     test = SimpleNamespace(class_name=names, is_anomaly=names != "good", ranked=lambda name: order)
     rows, words = found_and_missed.chosen(test, "any", each=2)
-    assert score[rows].tolist() == [5, 4, 2, 1, 8, 7]
-    assert words == ["highest", "highest", "lowest", "lowest", "highest", "lowest"]
+    assert score[rows].tolist() == [5, 4, 2, 1, 8, 7, 6]
+    assert words == ["highest", "highest", "lowest", "lowest", "highest", "highest", "highest"]
 
 
 def test_a_run_is_drawn(trained: Path, run_here: Callable[..., None], tmp_path: Path) -> None:

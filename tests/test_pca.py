@@ -44,7 +44,7 @@ def test_what_it_can_draw_and_what_it_leaves() -> None:
 
 
 def test_images_that_are_all_the_same() -> None:
-    with pytest.raises(util.InputError, match="the 4 training images that can be read are all the same"):
+    with pytest.raises(util.InputError, match="the 4 training images or patches are all the same"):
         fitted(torch.full((4, 1, 8, 8), 0.3))
 
 
@@ -71,7 +71,7 @@ def test_a_spoilt_or_foreign_file_is_named(trained: Path, fails: Callable[..., s
     state = torch.load(trained / "pca.pt", weights_only=True)
     (trained / "pca.pt").write_bytes((trained / "pca.pt").read_bytes()[:100])
     message = fails("evaluate.py", "--score", "pca", *CPU)
-    assert "pca.pt is damaged" in message and "remove it and run python -m detectors.pca again" in message
+    assert "pca.pt is damaged" in message and "remove pca.pt and run python -m detectors.pca again" in message
     state["config"]["training_images"] = "9 with checksum 0"
     torch.save(state, trained / "pca.pt")
     assert "other training_images" in fails("evaluate.py", "--score", "pca", *CPU)

@@ -217,7 +217,7 @@ def test_wrong_input(trained: Path, fails: Callable[..., str], results: Path, mo
     assert "name one or more evaluated run folders" in message()
     assert "unknown method 'knn': choose --methods from pyod_anogan" in message(run, "--methods", "knn")
     assert "--minutes must be at least 0.01" in message(run, "--minutes", "0")
-    assert "--seed must lie between" in message(run, "--seeds", "-1")
+    assert "--seeds must lie between" in message(run, "--seeds", "-1")
     flags = [run, "--methods", "patch_pca"]
     assert "the report half lacks normal or anomalous pictures: raise --max-test" in message(*flags, "--max-test", "4")
     monkeypatch.setitem(METHODS, "missing", METHODS["patch_pca"]._replace(package="no-such-package"))

@@ -68,6 +68,8 @@ def test_advice_leaves_out_what_was_done() -> None:
         assert [f"detectors.{of}" in found for of in names.values()] == [name != trained for name in names]
     found = advice("anomaly_score", anomaly_score=0.5, peak=0.5, combined=0.9)
     assert "python evaluate.py --run-dir 'outputs/my run' --score combined" in found
+    found = advice("combined", combined=0.5, rotation=0.5, cutpaste=0.8, pca_peak=0.7)
+    assert "- of what was trained already: python evaluate.py --run-dir 'outputs/my run' --score cutpaste" in found
     assert "--score combined" not in advice("anomaly_score", anomaly_score=0.5, peak=0.5, combined=0.5)
     assert "64x64" in found
 

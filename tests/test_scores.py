@@ -102,6 +102,10 @@ def test_combined_by_hand() -> None:
     for same in ([3], [3, 3]):
         found = combined({"a": 1}, {"a": np.float32([12, 1])}, {"a": np.float32(same)})
         np.testing.assert_allclose(found, np.log([4, 1 / 3]))
+    # the peak of a heat map that is relative to what is usual may lie below 0
+    peaks = {"pca_peak": np.exp([0.0, 1, 3]) - 1}, {"pca_peak": np.array([-5, 0, np.e**2 - 1])}
+    found, normal = combined({"pca_peak": 2}, *peaks), np.array([0, 0, 2])
+    np.testing.assert_allclose(found, 2 * (np.array([0, 1, 3]) - normal.mean()) / normal.std())
     # a distance that rounding has put at or below 0
     found = combined({"a": 1}, {"a": np.float32([-1e-7, 0, 1e-6])}, {"a": np.float32([1e-3, 1])})
     assert np.isfinite(found).all() and np.ptp(found) < 1e-6
@@ -198,10 +202,12 @@ def test_scores_csv_by_hand(digits_workdir: Path) -> None:
             parts[split] = sum(losses).numpy(), distances.numpy(), sum(of_turns)
             for name, values in zip(("rotation", "neighbours", "mahalanobis"), parts[split], strict=True):
                 np.testing.assert_allclose([float(row[name]) for row in rows[split]], values, rtol=1e-3, atol=1e-5)
-    log = {
-        split: {name: np.log([float(row[name]) for row in rows[split]]) for name in WEIGHTS if name in rows[split][0]}
-        for split in rows
-    }
+    log: dict[str, dict[str, np.ndarray]] = {split: {} for split in rows}
+    for split, of_split in rows.items():
+        for name in set(WEIGHTS).intersection(of_split[0]):
+            values = np.array([float(row[name]) for row in of_split])
+            log[split][name] = np.log(1 + values.clip(0)) if name == "pca_peak" else np.log(values)
+    assert (np.array([float(row["pca_peak"]) for row in rows["validation"]]) < 1).any()  # relative to what is usual
     assert set(WEIGHTS) - set(log["test"]) == {"cutpaste"}  # not trained here
     expected = sum(
         WEIGHTS[name] * (part - log["validation"][name].mean()) / log["validation"][name].std()
