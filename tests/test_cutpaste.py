@@ -10,6 +10,7 @@ import torch
 from conftest import TINY, read_scores
 from PIL import Image
 from scipy.spatial.distance import mahalanobis
+from test_pictures import read_verdicts
 
 from anogan import gaussians
 from detectors import cutpaste
@@ -163,8 +164,8 @@ def test_it_finds_and_shows_what_was_moved_without_a_search(
     new = str(stripes / "test/moved")
     run_here("evaluate.py", "--run-dir", str(run_dir), "--images", new, *CPU)
     of_test = {row["source"]: row["combined"] for row in read_scores(run_dir)}
-    for row in read_scores(run_dir / "images-moved"):
-        expected = float(of_test["test/moved/" + Path(row["source"]).name])
+    for path, row in read_verdicts(run_dir / "images-moved").items():
+        expected = float(of_test["test/moved/" + Path(path).name])
         assert float(row["combined"]) == pytest.approx(expected, rel=1e-3, abs=1e-3)
     (run_dir / "pca.pt").unlink()
     message = fails("evaluate.py", "--run-dir", str(run_dir), "--images", new, *CPU)
