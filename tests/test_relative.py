@@ -10,7 +10,8 @@ import pytest
 from conftest import TINY
 from PIL import Image, PngImagePlugin
 
-from anogan import decoding, heatmaps, images, loading, metrics, scores, scoring
+import evaluate
+from anogan import decoding, heatmaps, images, loading, metrics, scoring
 from anogan.decoding import View
 
 OWN = View(32, 1, picture_size="own")
@@ -65,8 +66,7 @@ def test_pictures_of_another_size_are_named(capsys: pytest.CaptureFixture[str]) 
     usual = heatmaps.usual([np.ones((40, 60), np.float32)] * 20, 32)
     scored = SimpleNamespace(
         usual={"difference": usual},
-        map=scores.DIFFERENCE,
-        peak="peak",
+        declared={score.name: score for score in evaluate.SCORES},
         patch_counts=np.array([6, 6, 4]),
         seen_size=np.array([[40, 60], [40, 60], [60, 40]]),
         images=images.ImageSet("made", [], np.arange(3), np.zeros(3), np.array(["a", "b", "c"]), None),
@@ -77,6 +77,8 @@ def test_pictures_of_another_size_are_named(capsys: pytest.CaptureFixture[str]) 
     assert printed.startswith(
         "test: 1 of 3 pictures have another size than the validation pictures, such as c (40x60, "
     )
+    scoring._name_others("test", replace_in(scored, usual={"linear_difference": usual}), (4, 6))
+    assert capsys.readouterr().out.endswith("so do not judge them by pca_peak or combined\n")
     others = replace_in(scored, usual={})
     scoring._name_others("test", others, (4, 5))
     printed = capsys.readouterr().out
