@@ -20,6 +20,7 @@ from PIL import Image
 from anogan import files, heatmaps, verdicts
 from anogan.metrics import worst_classes
 from anogan.runs import TrainedGAN
+from anogan.scores import LATENTS
 from anogan.scoring import ScoredSplit
 from anogan.verdicts import Verdict
 from util import printable, quoted
@@ -239,7 +240,7 @@ def write_run(test: ScoredSplit, verdict: Verdict, found: dict[str, Any], figure
     print(f"\n{means}; on the test split it {flagged}")
     written = " ".join(path.name for path in figures)
     print(f"\nwrote {run_dir}/: scores.csv metrics.json report.html {written} run.json")
-    script = "evaluate.py" if test.latents is None else "fit_latent.py"
+    script = "fit_latent.py" if test.declared[verdict.score].source is LATENTS else "evaluate.py"
     print(
         f"next: open {run_dir / 'report.html'} in a browser, or judge your own pictures: "
         f"python {script} --run-dir {quoted(run_dir)} --images PATH"

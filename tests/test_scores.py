@@ -264,10 +264,15 @@ def test_the_verdict_may_rest_on_any_score(
     assert "there is no score combined here: it takes two or more of rotation, " in message
 
 
-def test_the_default_rests_on_what_was_trained(trained: Path, run_here: Callable[..., None], tmp_path: Path) -> None:
+def test_the_default_rests_on_what_was_trained(
+    trained: Path, run_here: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def judged_by() -> str:
         run_here("evaluate.py", "--bootstrap", "20", "--device", "cpu")
-        return json.loads((trained / "metrics.json").read_text())["threshold"]["score"]
+        score = json.loads((trained / "metrics.json").read_text())["threshold"]["score"]
+        script = "fit_latent.py" if score == "anomaly_score" else "evaluate.py"  # the command that works next
+        assert f"python {script} --run-dir outputs/digits-0 --images PATH" in capsys.readouterr().out
+        return score
 
     picture = tmp_path / "new.png"
     Image.new("L", (8, 8), 100).save(picture)
