@@ -239,7 +239,7 @@ def check_share(config: Any, *names: str) -> None:
             raise InputError(f"--{name.replace('_', '-')} must lie between 0 and 1, not {share}")
 
 
-def check_seed(seed: int) -> None:
-    """Raise InputError unless every generator takes this seed."""
+def check_seed(seed: int, flag: str = "--seed") -> None:
+    """Raise InputError, naming the flag, unless every generator takes this seed."""
     if not 0 <= seed < 2**63:
-        raise InputError(f"--seed must lie between 0 and 2**63 - 1, not {seed}")
+        raise InputError(f"{flag} must lie between 0 and 2**63 - 1, not {seed}")

@@ -211,7 +211,7 @@ def per_class_auc(path: Path, split: ScoredSplit, metrics: dict, judged: str, ti
     names, count = worst_classes(metrics[judged]["per_class"]), len(metrics[judged]["per_class"])
     lines = -(-len(names) // 10)
     each = -(-len(names) // lines)
-    size = max(10.0, 0.14 * len(metrics) * each + 2), 3 * lines + 0.5
+    size = max(10.0, 0.13 * len(metrics) * each + 2), 3 * lines + 0.5
     figure = Figure(figsize=size, layout="constrained")
     for i, axes in enumerate(figure.subplots(lines, 1, squeeze=False).flat):
         bars_of_classes(axes, split, metrics, names[i * each : (i + 1) * each])

@@ -139,6 +139,12 @@ def declared_for(gan: runs.TrainedGAN, declared: Sequence[Score]) -> Sequence[Sc
     return with_pools(declared) if gan.view.has_patches else declared
 
 
+def sources_of(name: str, declared: Sequence[Score]) -> set[Source]:
+    """What a declared score rests on: its own source, or those of all its parts."""
+    parts = next(score.parts or (name,) for score in declared if score.name == name)
+    return {score.source for score in declared if score.name in parts}
+
+
 # ---- the scores of the search and of the GAN ------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ from anogan.scores import (
     declared_for,
     peak,
     pooled,
+    sources_of,
 )
 from util import InputError, printable, quoted
 
@@ -196,8 +197,7 @@ def score_run(
         maps = [each for each in maps if peak_of(each, present) in normals.scores]
     if not maps:
         print("without heat maps, since these images were not searched: run fit_latent.py, or python -m detectors.pca")
-    judged = next(score for score in declared if score.name == request.score)
-    rests_on = {score.source for score in declared if score is judged or score.name in judged.parts}
+    rests_on = sources_of(request.score, declared)
     # the map of a method that the verdict rests on, else the first that there is
     shown = next((each for each in maps if each.source in rests_on), next(iter(maps), None))
     for split, image_set in image_sets.items():
@@ -317,7 +317,7 @@ def _load_sources(
     wanted = next((score for score in declared if score.name == request.score), None)
     if wanted is None:
         raise InputError(f"there is no score {request.score} here: it is of a GAN of patches, and this one sees none")
-    of_wanted = {score.source for score in declared if score is wanted or score.name in wanted.parts}
+    of_wanted = sources_of(request.score, declared)
     is_there = {each.source: each.source.is_there(gan.run_dir, list(image_sets)) for each in declared if not each.parts}
     if wanted.source is LATENTS:
         is_there[LATENTS] = True  # so that its loading names what is missing
@@ -341,7 +341,7 @@ def _load_sources(
         if sum(score.source in loaded for score in declared if score.name in wanted.parts) < 2:
             raise InputError(
                 f"there is no score {wanted.name} here: it takes two or more of {', '.join(wanted.parts)}, of "
-                f"{' and '.join(sorted(source.command for source in of_wanted if source is not None))}"
+                f"{' and '.join(sorted(source.command for source in of_wanted))}"
             )
     elif wanted.source not in loaded:
         does_not = "images" in image_sets and not wanted.source.scores_unlabelled

@@ -25,21 +25,17 @@ class Config:
     scores: tuple[str, ...] = ()  # by name; by default those that all runs have
 
 
-def of_run(run_dir: Path) -> dict[str, tuple[float, float]]:
-    """ROC-AUC of each score of a run, on the report half and on the development half."""
-    rows, is_anomaly = measure.test_rows(run_dir)
-    in_report = measure.report_half(rows, runs.load_gan(run_dir, torch.device("cpu")).group_by)
-    return measure.aucs_of_halves(rows, is_anomaly, in_report)
-
-
 def main(config: Config) -> None:
     """Read, average, print."""
     if not config.run_dirs:
         raise util.InputError("name one or more evaluated run folders")
-    pictures = [[row["source"] for row in measure.test_rows(run_dir)[0]] for run_dir in config.run_dirs]
+    tables = [measure.test_rows(run_dir) for run_dir in config.run_dirs]
+    pictures = [[row["source"] for row in rows] for rows, _ in tables]
     if any(each != pictures[0] for each in pictures):
         raise util.InputError("the runs were evaluated on different test pictures: name runs of the same ones")
-    found = [of_run(run_dir) for run_dir in config.run_dirs]
+    group_by = runs.load_gan(config.run_dirs[0], torch.device("cpu")).group_by
+    in_report = measure.report_half(tables[0][0], group_by)  # the same pictures, so the same half of each run
+    found = [measure.aucs_of_halves(*table, in_report) for table in tables]
     common = [name for name in found[0] if all(name in of for of in found)]
     if unknown := set(config.scores) - set(common):
         raise util.InputError(f"not every run has the score {min(unknown)}: choose --scores from {', '.join(common)}")

@@ -99,14 +99,9 @@ def our_row(run: Judged) -> Row:
     run_dir = run.gan.run_dir
     record, metrics = runs.read_record(run_dir), measure.read_metrics(run_dir)
     name = metrics["threshold"]["score"]
-    declared = scores.with_pools(evaluate.SCORES)
-    parts = next(score.parts or (name,) for score in declared if score.name == name)
-    commands = {score.source.command for score in declared if score.name in parts}
-    trained = [
-        record[each]
-        for each in record
-        if each == "train_gan" or any(command.endswith(f"detectors.{each}") for command in commands)
-    ]
+    sources = scores.sources_of(name, scores.with_pools(evaluate.SCORES))
+    scripts = {"train_gan", *(source.command.rpartition("detectors.")[2] for source in sources)}
+    trained = [of for script, of in record.items() if script in scripts]
     about = record["train_gan"]
     return {
         **dict.fromkeys(COLUMNS, ""),
@@ -189,8 +184,7 @@ def check(config: Config) -> None:
     if unknown := set(config.methods) - set(METHODS):
         raise util.InputError(f"unknown method {min(unknown)!r}: choose --methods from {', '.join(METHODS)}")
     for seed in config.seeds:
-        if not 0 <= seed < 2**63:
-            raise util.InputError(f"--seeds must lie between 0 and 2**63 - 1, not {seed}")
+        util.check_seed(seed, "--seeds")
     util.check_at_least(config, 0.01, "minutes")
     util.check_at_least(config, 4, "max_test")
     installed = {each.name.lower() for each in metadata.distributions()}
