@@ -147,19 +147,10 @@ def evaluate_splits(gan: runs.TrainedGAN, config: Config) -> dict[str, Any]:
 def judge_pictures(gan: runs.TrainedGAN, config: Config) -> dict[str, dict[str, Any]]:
     """A verdict on each of the pictures without labels; returns score, p_value and flagged by path."""
     pictures = images.open_pictures(config.images)
-    # by default the score that the test images were judged by, so that what was measured is what is used
-    measured = files.read_json(gan.run_dir / "metrics.json").get("threshold", {})
-    before = measured.get("score")
-    if config.score is None and before not in (None, *(score.name for score in scores.declared_for(gan, SCORES))):
-        raise util.InputError(
-            f"{gan.run_dir} was last judged by {before}, which is no score any more: run evaluate.py again, or name "
-            "one with --score"
-        )
-    score = config.score or before or default_score(gan.run_dir)
+    score, parts = score_of_verdict(gan, config.score)
     request = scoring.Request(score, True, config.batch_size, config.skip_unreadable)
     normals = scoring.scores_of_normals(gan, SCORES, request)
-    if config.score is None and before == scores.COMBINED.name:
-        check_parts(gan.run_dir, measured.get("parts", []), normals.scores)
+    check_parts(gan.run_dir, parts, normals.scores)
     scored = scoring.score_run(gan, {"images": pictures}, SCORES, request, normals)
     verdict = verdicts.decide(scored, normals.scores, score, config.alpha, config.fdr)
     judged = scored["images"]
@@ -175,6 +166,29 @@ def judge_pictures(gan: runs.TrainedGAN, config: Config) -> dict[str, dict[str, 
     }
 
 
+def last_verdict(run_dir: Path) -> dict[str, Any]:
+    """How the test images of a run were judged last, {} if they never were."""
+    return files.read_json(run_dir / "metrics.json").get("threshold", {})
+
+
+def score_of_verdict(gan: runs.TrainedGAN, asked_for: str | None) -> tuple[str, list[str] | None]:
+    """The score that pictures without labels are judged by, and the parts that it must have; None if any will do.
+
+    By default that which the test images were judged by, so that what was measured is what is used. Raises InputError
+    if that is no score any more.
+    """
+    measured = last_verdict(gan.run_dir)
+    before = measured.get("score")
+    if asked_for is not None or before is None:
+        return asked_for or default_score(gan.run_dir), None
+    if before not in (score.name for score in scores.declared_for(gan, SCORES)):
+        raise util.InputError(
+            f"{gan.run_dir} was last judged by {before}, which is no score any more: run evaluate.py again, or name "
+            "one with --score"
+        )
+    return before, measured.get("parts", []) if before == scores.COMBINED.name else None
+
+
 def default_score(run_dir: Path) -> str:
     """What a verdict rests on if no score is named: `combined` if two or more of its parts are there; the only one; or
     the paper's A(x) without any."""
@@ -183,10 +197,10 @@ def default_score(run_dir: Path) -> str:
     return "combined" if len(there) > 1 else there[0] if there else "anomaly_score"
 
 
-def check_parts(run_dir: Path, measured: list[str], present: Iterable[str]) -> None:
+def check_parts(run_dir: Path, measured: list[str] | None, present: Iterable[str]) -> None:
     """Raise InputError unless `combined` has the parts that it had when it was measured."""
     now = [name for name in scores.COMBINED.parts if name in present]
-    if now != measured:
+    if measured not in (None, now):
         raise util.InputError(
             f"{run_dir} was last judged by combined of {', '.join(measured)}, and now there are {', '.join(now)}: run "
             "evaluate.py again, or name a score with --score"

@@ -26,11 +26,11 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from torch.nn.functional import adaptive_avg_pool2d
 from torch.optim import Adam
 
 import util
 from anogan import images, processes, reconstruction, runs
+from anogan.candidates import candidates_of, nearest
 from anogan.latents import Latents, batch_and_shard, check_same_search, stride_of
 from detectors import f_anogan
 from network import Discriminator, Generator
@@ -75,21 +75,21 @@ def search(
     By default z stays in a ball, see `shorten`.
 
     x (N, C, H, W) in [-1, 1] and starting z (N, latent_dim) to the z found (N, latent_dim), its residual (N,) and its
-    discrimination (N,). G and D must be frozen and in eval mode. Then no image sees another: BatchNorm uses its stored
-    statistics, Adam's moments belong to single coordinates, and the gradient of a sum is each image's own. So a batch
-    is N separate searches: exactly on a CPU; on a GPU, where the batch size decides in which order sums are formed, up
-    to what docs/results.md says. With precision "bf16" the steps run in bf16; what is returned is measured in fp32.
+    discrimination (N,). G and D must be as `runs.freeze` leaves them. Then no image sees another: Adam's moments belong
+    to single coordinates, and the gradient of a sum is each image's own. So a batch is N separate searches: exactly on
+    a CPU; on a GPU, where the batch size decides in which order sums are formed, up to what docs/results.md says. With
+    precision "bf16" the steps run in bf16; what is returned is measured in fp32.
     """
-    generator, discriminator = networks
-    is_bf16 = util.pick_precision(config.precision, x.device) == "bf16"
+    precision = util.pick_precision(config.precision, x.device)
+    in_steps = networks if precision == "fp32" else runs.cast(networks, torch.bfloat16)
     z = z.clone().requires_grad_()
     # a tensor, which a captured step reads anew; Adam takes it in float64 on a CPU, as it does a float
     lr = torch.zeros((), dtype=torch.float64 if x.device.type == "cpu" else torch.float32, device=x.device)
     optimizer = Adam([z], lr, fused=True, capturable=x.device.type == "cuda")
     with torch.no_grad(), util.full_precision():
-        f_x = discriminator.features(x)  # f(x) stays the same throughout
+        f_x = networks[1].features(x)  # f(x) stays the same throughout
 
-    def losses() -> tuple[torch.Tensor, torch.Tensor]:
+    def losses(generator: Generator, discriminator: Discriminator) -> tuple[torch.Tensor, torch.Tensor]:
         """R(z) and D(z), (N,) each."""
         generated = generator(z)  # (N, C, H, W)
         residual = util.residual_loss(x, generated)
@@ -98,8 +98,7 @@ def search(
         return residual, util.discrimination_loss(f_x, discriminator.features(generated))
 
     def descend() -> None:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=is_bf16, cache_enabled=False):
-            loss = util.anomaly_score(*losses(), config.discrimination_weight)  # (N,)
+        loss = util.anomaly_score(*losses(*in_steps), config.discrimination_weight)  # (N,)
         util.take_step(optimizer, loss.sum())
         if config.ball:
             shorten(z, z.shape[1] ** 0.5)
@@ -113,7 +112,7 @@ def search(
         after_step()
     z = z.detach()
     with torch.no_grad(), util.full_precision():
-        return z, *losses()
+        return z, *losses(*networks)
 
 
 @torch.no_grad()
@@ -123,36 +122,6 @@ def shorten(z: torch.Tensor, longest: float) -> None:
     A drawn z has a length of about sqrt(latent_dim): farther out lies what G was not trained to draw.
     """
     z *= (longest / z.norm(dim=1, keepdim=True)).clamp(max=1)
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """Latents that a search may start from, and what G draws for them."""
-
-    z: torch.Tensor  # (M, latent_dim)
-    thumbnails: torch.Tensor  # (M, C * 16 * 16), of G(z)
-
-
-def thumbnails(x: torch.Tensor) -> torch.Tensor:
-    """Images (N, C, H, W) averaged down to 16x16 and flattened: (N, C * 16 * 16)."""
-    return adaptive_avg_pool2d(x, 16).flatten(1)
-
-
-@torch.no_grad()
-def draw_candidates(generator: Generator, latent_dim: int, count: int, seed: int) -> Candidates:
-    """`count` latents z ~ N(0, I), which depend on the seed alone, and the thumbnails of G(z)."""
-    device = next(generator.parameters()).device
-    z = torch.randn(count, latent_dim, generator=torch.Generator().manual_seed(seed)).to(device)
-    return Candidates(z, torch.cat([thumbnails(generator(batch)) for batch in z.split(64)]))
-
-
-def nearest(x: torch.Tensor, candidates: Candidates) -> torch.Tensor:
-    """The candidate z of the smallest residual between thumbnails, for each image (N, C, H, W): (N, latent_dim).
-
-    Each distance is a sum of its own, so a start depends on seed, model and that image alone. On whole images and
-    with the discrimination in it, the choice was 0.1% better and took 30 times as long (docs/experiments.md).
-    """
-    return candidates.z[torch.cdist(thumbnails(x), candidates.thumbnails, p=1).argmin(1)]
 
 
 def main(config: Config) -> dict[str, dict[str, Any]]:
@@ -173,8 +142,8 @@ def main(config: Config) -> dict[str, dict[str, Any]]:
         encoder = f_anogan.load(gan) if config.init == "encoder" else None
         if encoder is not None:
             settings["encoder"] = encoder.fingerprint
-        # drawn once, and only if there is something to search
-        candidates = cache(partial(draw_candidates, gan.generator, gan.latent_dim, config.candidates, config.seed))
+        # only if there is something to search
+        candidates = cache(partial(candidates_of, gan, config.candidates, config.seed))
         if config.images is not None:
             check_same_search(gan, settings)
 
@@ -182,6 +151,7 @@ def main(config: Config) -> dict[str, dict[str, Any]]:
         for split in config.splits if config.images is None else ("images",):
             image_set = chosen_images(gan, split, config)
             if image_set is not None:
+                image_set = runs.keep_decoded(gan, image_set, split, config.skip_unreadable)
                 todos.append(Latents(gan, image_set, split, settings, shard_size, config.skip_unreadable))
         shares = processes.from_all(sum(todo.missing for todo in todos))  # what each process has to search
         for todo in todos:

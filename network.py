@@ -51,7 +51,7 @@ class Generator(nn.Module):
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         """z (N, latent_dim) to images (N, image_channels, image_size, image_size) in [-1, 1]."""
-        return self.layers(z[:, :, None, None])
+        return self.layers(z.to(self.layers[0].weight.dtype)[:, :, None, None])
 
 
 def downward_ladder(

@@ -16,6 +16,7 @@ from PIL import Image
 
 from anogan import decoding, files, folders, processes
 from anogan.decoding import View
+from anogan.kept import Kept
 from util import InputError
 
 EMBEDDED = ("cifar10", "digits")  # data sets that are no folder
@@ -26,7 +27,7 @@ FLOOR = 0.04  # the smallest standard deviation that an image is divided by: 5 o
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """Which images a split holds. `load_images` decodes them."""
+    """Which images a split holds. `loading` decodes them."""
 
     name: str  # of the data set: cifar10, digits or the folder's own name
     classes: list[str]
@@ -35,6 +36,7 @@ class ImageSet:
     label: np.ndarray  # (N,) int64, position of the image's class in `classes`
     source: np.ndarray  # (N,) str, the image's name: its path inside the folder, or cifar10/test/00042
     open_image: Callable[[int, str], Image.Image]  # by index and source; a worker process gets it pickled
+    kept: Kept | None = None  # where its pictures are, decoded already
 
     def __len__(self) -> int:
         return len(self.index)

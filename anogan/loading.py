@@ -77,9 +77,11 @@ def _spreads(image_set: ImageSet, view: View, rows: range) -> list[tuple[float, 
 def seen_sizes(image_set: ImageSet, view: View) -> np.ndarray:
     """The height and the width (N, 2) at which the networks see each picture of a set, 0 for one that they cannot see.
 
-    The two are swapped for a picture that its EXIF tag turns: of a PNG file Pillow finds it behind the pixels, and none
-    are read here, but those of DICOM files.
+    Of pictures that are not kept, no pixels are read here, but those of DICOM files. So the two are swapped where an
+    EXIF tag turns a PNG file: Pillow finds it behind the pixels.
     """
+    if _is_kept(image_set, view):
+        return np.array([image_set.kept.seen_size(number) for number in image_set.index], np.int64).reshape(-1, 2)
     batches = chunks(range(len(image_set)), 64)
     found = with_bar(_in_workers(partial(_sizes, image_set, view), batches), len(batches), "sizes")
     return np.array(list(chain(*found)), np.int64).reshape(-1, 2)
@@ -101,22 +103,32 @@ def _sizes(image_set: ImageSet, view: View, rows: range) -> list[tuple[int, int]
 def image_batches(
     image_set: ImageSet, batches: Sequence[range], view: View, skip_unreadable: bool = False, quiet: bool = False
 ) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
-    """Decode these rows of a set, in order, in worker processes that run a few batches ahead.
+    """Decode these rows of a set, in order, in worker processes that run a few batches ahead; or read them in this one,
+    if they were kept.
 
-    Yields for each the pictures, uint8 (C, height, width), as the networks see them, see `decoding.as_seen`, and their
-    positions in the set (N,). Raises InputError for an image that cannot be read, unless `skip_unreadable` leaves it
-    out. Unless `quiet`, it names on stderr those left out, and says at the end what else was lost.
+    Yields for each batch the pictures, uint8 (C, height, width), as the networks see them, see `decoding.as_seen`, and
+    their positions in the set (N,). Raises InputError for an image that cannot be read, unless `skip_unreadable` leaves
+    it out. Unless `quiet`, it names on stderr those left out, and says at the end what else was lost.
     """
     lost = _Lost()
-    for seen, faults in _in_workers(partial(_decode, image_set, view, skip_unreadable), batches):
-        if faults and not skip_unreadable:
-            raise InputError(f"cannot read the image {faults[0]}: replace it, or use --skip-unreadable")
-        for fault in faults if not quiet else ():
-            tqdm.write(f"skipped, cannot be read: {fault}", file=sys.stderr)
+    for seen in seen_batches(image_set, batches, view, skip_unreadable, quiet):
         lost.add(seen)
         yield [each.pixels for each in seen.values()], np.array(list(seen), np.int64)
     if not quiet:
         _say_what_is_lost(image_set, view, lost, sum(map(len, batches)))
+
+
+def seen_batches(
+    image_set: ImageSet, batches: Sequence[range], view: View, skip_unreadable: bool = False, quiet: bool = False
+) -> Iterator[dict[int, decoding.Seen]]:
+    """What `image_batches` yields, by position in the set, with what was lost of each picture."""
+    decode = partial(_decode, image_set, view, skip_unreadable)
+    for seen, faults in map(decode, batches) if _is_kept(image_set, view) else _in_workers(decode, batches):
+        if faults and not skip_unreadable:
+            raise InputError(f"cannot read the image {faults[0]}: replace it, or use --skip-unreadable")
+        for fault in faults if not quiet else ():
+            tqdm.write(f"skipped, cannot be read: {fault}", file=sys.stderr)
+        yield seen
 
 
 @dataclasses.dataclass
@@ -166,10 +178,15 @@ def _decode(
     seen, faults = {}, []
     for row in rows:
         with _noting(image_set, row, faults):
-            seen[row] = decoding.as_seen(image_set.open(row), view)
+            found = image_set.kept.seen(image_set.index[row]) if _is_kept(image_set, view) else None
+            seen[row] = decoding.as_seen(image_set.open(row), view) if found is None else found
         if faults and not skip_unreadable:
             break
     return seen, faults
+
+
+def _is_kept(image_set: ImageSet, view: View) -> bool:
+    return image_set.kept is not None and image_set.kept.is_of(view)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """The training pictures: uint8 in memory or in a file, and the patches of them that a training sees."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,7 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from anogan import files, images, loading, patches, processes
+from anogan import images, kept, loading, patches, processes
 from anogan.decoding import View
 from util import InputError
 
@@ -101,19 +100,20 @@ def load(
     every process must call this. Raises InputError as `loading.image_batches` does, or if the file cannot be written,
     or is not there for another process than the one that wrote it.
     """
-    key = hashlib.sha256(f"{image_set.fingerprint()} {replace(view, channels=0, normalise=False)}".encode()).digest()
+    key = kept.key_of(image_set.fingerprint(), replace(view, channels=0))
 
-    def kept() -> Pictures | None:
+    def before() -> Pictures | None:
         """Those in the file, if it is there and just what is asked for: it serves train_gan.py and every detector."""
-        found = _read(path, key, view)
-        if found is None or not (find_channels or found.view == view):
+        about = kept.read_about(path)
+        if about is None or about["key"].tobytes() != key or not (find_channels or about["channels"] == view.channels):
             return None
+        found = Pictures(path, about["size"], replace(view, channels=int(about["channels"])))
         return found if skip_unreadable or len(found) == len(image_set) else None
 
     if path is not None:
-        before = kept()
-        if not any(processes.largest(before is None)):
-            return before
+        found = before()
+        if not any(processes.largest(found is None)):
+            return found
     seen = replace(view, channels=3) if find_channels else view
     try:
         found = _collect(image_set, seen, 1 if find_channels else view.channels, path, key, skip_unreadable)
@@ -122,26 +122,11 @@ def load(
     if found is not None and not isinstance(found.pixels, Path):
         return found
     if processes.rank() == 0:
-        about = {"size": found.size, "channels": np.array(found.view.channels), "key": np.frombuffer(key, np.uint8)}
-        files.write_arrays(path.with_suffix(".npz"), **about)
+        kept.write_about(path, key, size=found.size, channels=np.array(found.view.channels))
     processes.wait_for_all()
-    if (after := kept()) is None:
+    if (after := before()) is None:
         raise InputError(f"{path} is not there for every process: every machine needs the same run folder")
     return after
-
-
-def _read(path: Path, key: bytes, view: View) -> Pictures | None:
-    """The pictures that a file holds; None if there is none, or it holds others, or one of the two files is damaged."""
-    try:
-        with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
-            found = Pictures(path, file["size"], replace(view, channels=int(file["channels"])))
-            is_ours = file["key"].tobytes() == key
-        with path.open("rb") as file:
-            file.seek(found.bytes)
-            # the pixels end with the key too: after a kill between the two files they are not taken for others
-            return found if is_ours and file.read() == key else None
-    except Exception:  # numpy raises almost anything on damaged bytes: both are made again
-        return None
 
 
 def _collect(
@@ -174,8 +159,5 @@ def _collect(
         return Pictures(flat, np.array(size, np.int64).reshape(-1, 2), replace(view, channels=channels))
     if processes.rank() > 0:
         return None
-    with files.replacing(path) as partial, partial.open("wb") as file:
-        for picture in chain(held, one_by_one):
-            file.write(picture)
-        file.write(key)
+    kept.write_pixels(path, chain(held, one_by_one), key)
     return Pictures(path, np.array(size, np.int64), replace(view, channels=channels))

@@ -1,6 +1,7 @@
 """A run folder: who holds it, its gan.pt and the images of that GAN, and run.json, how each script ran."""
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import io
@@ -9,7 +10,8 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +21,7 @@ import torchvision
 from filelock import FileLock, Timeout
 from torch import nn
 
-from anogan import files, images, pictures, processes
+from anogan import files, images, kept, loading, pictures, processes
 from anogan.decoding import View
 from network import Discriminator, Generator, fold_batchnorm
 from util import InputError, full_precision, quoted
@@ -112,6 +114,12 @@ def freeze(network: nn.Module, device: torch.device) -> None:
     network.eval().requires_grad_(False)
     _fold_ladders(network)
     network.to(device, memory_format=torch.channels_last)
+
+
+def cast(networks: Sequence[nn.Module], to: torch.dtype) -> list[nn.Module]:
+    """Copies of frozen networks whose weights are of another type, for many steps: the gradients are those of autocast,
+    which casts all weights of a frozen network anew at each step."""
+    return [copy.deepcopy(network).to(to) for network in networks]
 
 
 def _fold_ladders(module: nn.Module) -> None:
@@ -246,6 +254,8 @@ def differing_settings(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 # ---- the images of a GAN --------------------------------------------------------------------------------------------
 
+MOST_KEPT = 2**33  # bytes of decoded pictures of a split that lie in the run folder at most
+
 
 def open_split(gan: TrainedGAN, split: str) -> images.ImageSet:
     """A split of the data set that this GAN was trained on.
@@ -266,6 +276,40 @@ def open_split(gan: TrainedGAN, split: str) -> images.ImageSet:
                 "train_gan.py --fresh"
             )
     return opened
+
+
+def keep_decoded(
+    gan: TrainedGAN, image_set: images.ImageSet, split: str, skip_unreadable: bool = False
+) -> images.ImageSet:
+    """A set of pictures of a split whose pixels lie in the run folder, as the networks see them: decoded now, unless
+    they were before. More than MOST_KEPT bytes are not kept, but decoded by each script that needs them.
+
+    Every process must call this. Raises InputError for a picture that cannot be read, unless they are to be skipped, or
+    if the file cannot be written.
+    """
+    path = gan.run_dir / f"pictures-{split}.bin"
+    found = kept.read(path, gan.fingerprint, gan.view)
+    if any(processes.largest(found is None or not found.covers(image_set.index))):
+        if _bytes(gan, image_set) > MOST_KEPT:
+            print(f"{split}: more than {MOST_KEPT / 2**30:g} GiB of pictures are not kept: they are decoded each time")
+            return image_set
+        if processes.rank() == 0:
+            batches = loading.decode_batches(len(image_set), gan.view)
+            decoded = loading.seen_batches(image_set, batches, gan.view, skip_unreadable, quiet=True)
+            seen = chain.from_iterable(each.items() for each in loading.with_bar(decoded, len(batches)))
+            numbered = ((int(image_set.index[row]), each) for row, each in seen)
+            kept.write(path, gan.fingerprint, gan.view, image_set.index, numbered)
+        processes.wait_for_all()
+        # None on another machine without this run folder: it decodes them itself
+        found = kept.read(path, gan.fingerprint, gan.view)
+    return dataclasses.replace(image_set, kept=found)
+
+
+def _bytes(gan: TrainedGAN, image_set: images.ImageSet) -> int:
+    """How many bytes the pictures of a set have as the networks see them, whether or not they can be read."""
+    if not gan.view.has_patches:
+        return len(image_set) * gan.image_channels * gan.image_size**2
+    return int(loading.seen_sizes(image_set, gan.view).prod(1).sum()) * gan.image_channels
 
 
 def data_is_there(gan: TrainedGAN) -> bool:

@@ -187,6 +187,10 @@ def score_run(
     """
     declared = declared_for(gan, declared)
     loaded, image_sets = _load_sources(gan, image_sets, declared, request)
+    # each picture is decoded once, if fit_latent.py has not done it: what follows looks at it several times
+    image_sets = {
+        split: runs.keep_decoded(gan, each, split, request.skip_unreadable) for split, each in image_sets.items()
+    }
     present = [score for score in declared if score.source in loaded]
     present += _made_of(declared, present, None if normals is None else normals.scores)
     scored: dict[str, ScoredSplit] = {}
@@ -204,7 +208,7 @@ def score_run(
         found = loaded[LATENTS][split] if LATENTS in loaded else None
         searched = stride if found is None else found
         drawn = latents.drawn(gan, image_set, searched, request.batch_size, request.skip_unreadable, quiet=False)
-        by_name, seen = _score_batches(split, loaded, present, usual, drawn)
+        by_name, seen = score_batches(split, loaded, present, usual, drawn)
         readable, first, patch_counts = np.unique(seen[:, 0], return_index=True, return_counts=True)
         image_set = image_set.take(readable)
         class_name = image_set.class_name
@@ -382,7 +386,7 @@ def _command(source: Source, gan: runs.TrainedGAN) -> str:
     return f"{source.command} --run-dir {quoted(gan.run_dir)}"
 
 
-def _score_batches(
+def score_batches(
     split: str,
     loaded: dict[Source, Any],
     present: list[Score],
@@ -453,30 +457,8 @@ def scores_of_normals(gan: runs.TrainedGAN, declared: Sequence[Score], request: 
 
     Raises InputError if they must be scored, and as `score_run` does or because the data set is not there.
     """
-    path = gan.run_dir / NORMALS
-    declared_here = declared_for(gan, declared)
-    there = [s for s in declared_here if s.source is not None and s.source.scores_unlabelled]
-    there = [s for s in there if s.source.is_there(gan.run_dir, ["validation"])]
-    if path.is_file():
-        try:
-            kept = latents.read_arrays(path, "evaluate.py", "validation", gan, {})
-        except InputError as error:
-            print(f"{error}: scoring the validation images again")
-        else:
-            rests_on = json.loads(str(kept["rests_on"]))
-            names = {score.source.file.format(split="validation") for score in there}
-            versions = json.loads(str(kept.get("versions", "{}")))
-            is_current = all(rests_on.get(name) == files.fingerprint(gan.run_dir / name) for name in names)
-            is_current &= all(versions.get(score.source.file, 1) == score.source.version for score in there)
-            is_whole = all(name in kept for name in ("stride", "patch_range", "maps", *(score.name for score in there)))
-            if is_current and is_whole and _has_images(gan, kept["index"]):
-                usual = {}
-                for name in json.loads(str(kept["maps"])):
-                    count, total, squares = (kept[f"{name}_usual_{each}"] for each in USUAL)
-                    usual[name] = heatmaps.Usual(gan.image_size, int(count), total, squares)
-                by_name, stride = {s.name: kept[s.name] for s in there}, json.loads(str(kept["stride"]))
-                by_name |= {s.name: s.function(by_name, by_name) for s in _made_of(declared_here, there)}
-                return Normals(by_name, stride, usual, tuple(kept["patch_range"].tolist()))
+    if (kept := kept_normals(gan, declared)) is not None:
+        return kept
     if not runs.data_is_there(gan):
         raise InputError(
             f"{gan.run_dir} does not keep the scores of its validation images, and its data set is not in "
@@ -485,6 +467,35 @@ def scores_of_normals(gan: runs.TrainedGAN, declared: Sequence[Score], request: 
     scored = score_run(gan, {"validation": runs.open_split(gan, "validation")}, declared, request)["validation"]
     keep_normals(scored)
     return Normals(scored.scores, scored.stride, scored.usual, patch_range(scored))
+
+
+def kept_normals(gan: runs.TrainedGAN, declared: Sequence[Score]) -> Normals | None:
+    """Every score of the validation images, as `keep_normals` wrote it; None if one is missing or out of date."""
+    declared = declared_for(gan, declared)
+    there = [s for s in declared if s.source is not None and s.source.scores_unlabelled]
+    there = [s for s in there if s.source.is_there(gan.run_dir, ["validation"])]
+    if not (gan.run_dir / NORMALS).is_file():
+        return None
+    try:
+        kept = latents.read_arrays(gan.run_dir / NORMALS, "evaluate.py", "validation", gan, {})
+    except InputError as error:
+        print(f"{error}: scoring the validation images again")
+        return None
+    rests_on = json.loads(str(kept["rests_on"]))
+    names = {score.source.file.format(split="validation") for score in there}
+    versions = json.loads(str(kept.get("versions", "{}")))
+    is_current = all(rests_on.get(name) == files.fingerprint(gan.run_dir / name) for name in names)
+    is_current &= all(versions.get(score.source.file, 1) == score.source.version for score in there)
+    is_whole = all(name in kept for name in ("stride", "patch_range", "maps", *(score.name for score in there)))
+    if not (is_current and is_whole and _has_images(gan, kept["index"])):
+        return None
+    usual = {}
+    for name in json.loads(str(kept["maps"])):
+        count, total, squares = (kept[f"{name}_usual_{each}"] for each in USUAL)
+        usual[name] = heatmaps.Usual(gan.image_size, int(count), total, squares)
+    by_name, stride = {s.name: kept[s.name] for s in there}, json.loads(str(kept["stride"]))
+    by_name |= {s.name: s.function(by_name, by_name) for s in _made_of(declared, there)}
+    return Normals(by_name, stride, usual, tuple(kept["patch_range"].tolist()))
 
 
 def _has_images(gan: runs.TrainedGAN, index: np.ndarray) -> bool:

@@ -28,6 +28,7 @@ import evaluate
 import fit_latent
 import util
 from anogan import files, images, latents, loading, plots, runs
+from anogan.candidates import draw_candidates, nearest
 from anogan.scores import Batch
 from benchmarks import measure
 from detectors import baselines, f_anogan
@@ -99,8 +100,8 @@ def search_like(gan: runs.TrainedGAN, search: dict[str, Any], x: torch.Tensor) -
     if "encoder" in search:
         start = f_anogan.load(gan).network
     else:
-        candidates = fit_latent.draw_candidates(gan.generator, gan.latent_dim, config.candidates, config.seed)
-        start = partial(fit_latent.nearest, candidates=candidates)
+        candidates = draw_candidates(gan.generator, gan.latent_dim, config.candidates, config.seed)
+        start = partial(nearest, candidates=candidates)
 
     def work() -> None:
         for batch in tqdm(x.split(measure.BATCH_SIZE), f"search, {config.discrimination}", leave=False):

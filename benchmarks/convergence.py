@@ -18,6 +18,7 @@ from tqdm import tqdm
 import fit_latent
 import util
 from anogan import files, plots, runs
+from anogan.candidates import draw_candidates, nearest
 from benchmarks import measure
 from detectors import f_anogan
 
@@ -45,10 +46,10 @@ def main(config: Config) -> None:
     run_dir = runs.find_run(config.run_dir)
     gan = runs.load_gan(run_dir, device)
     x = measure.validation_images(gan, config.images)
-    candidates = fit_latent.draw_candidates(gan.generator, gan.latent_dim, OURS.candidates, config.seed)
+    candidates = draw_candidates(gan.generator, gan.latent_dim, OURS.candidates, config.seed)
     starts = {
         "random": candidates.z[: len(x)],
-        f"nearest of {OURS.candidates}": fit_latent.nearest(x, candidates),
+        f"nearest of {OURS.candidates}": nearest(x, candidates),
         "E(x)": f_anogan.load(gan).network(x),
     }
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 import fit_latent
 import util
 from anogan import files, images, loading, runs
+from anogan.candidates import draw_candidates, nearest
 from benchmarks import measure
 
 OURS = fit_latent.Config()
@@ -42,13 +43,13 @@ def main(config: Config) -> None:
     test = test.take(images.stratified_subset(test.label, config.images, config.seed))
     pixels, _ = loading.load_images(test, gan.view)
     is_anomaly = test.class_name != gan.normal_class
-    candidates = fit_latent.draw_candidates(gan.generator, gan.latent_dim, OURS.candidates, config.seed)
+    candidates = draw_candidates(gan.generator, gan.latent_dim, OURS.candidates, config.seed)
 
     def scores(steps: int, precision: str) -> np.ndarray:
         found, settings = [], replace(OURS, steps=steps, precision=precision)
         for batch in tqdm(pixels.split(measure.BATCH_SIZE), f"{precision}, {steps} steps", leave=False):
             x = images.to_model(batch, device).contiguous(memory_format=torch.channels_last)
-            found.append(measure.search_loss(gan, x, fit_latent.nearest(x, candidates), settings).cpu())
+            found.append(measure.search_loss(gan, x, nearest(x, candidates), settings).cpu())
         return torch.cat(found).numpy()
 
     full = scores(config.full_steps, "fp32")

@@ -41,6 +41,7 @@ import fit_latent
 import train_gan
 import util
 from anogan import files, images, pictures, plots, runs
+from anogan.candidates import draw_candidates, nearest
 from anogan.decoding import View
 from benchmarks import latent_search, measure, training
 
@@ -368,11 +369,11 @@ def time_search(
         runs.freeze(network, device)
     x = torch.rand(max(sizes.search_batches), 3, sizes.image_size, sizes.image_size, device=device) * 2 - 1
     x = x.contiguous(memory_format=torch.channels_last)
-    candidates = fit_latent.draw_candidates(generator, training.LATENT_DIM, sizes.candidates, seed=0)
+    candidates = draw_candidates(generator, training.LATENT_DIM, sizes.candidates, seed=0)
 
     def ours(batch: int, precision: str, steps: int = sizes.timed_steps) -> tuple[torch.Tensor, ...]:
         config = fit_latent.Config(precision=precision, steps=steps)
-        start = fit_latent.nearest(x[:batch], candidates)
+        start = nearest(x[:batch], candidates)
         return fit_latent.search((generator, discriminator), x[:batch], start, config)
 
     if device.type == "cuda":

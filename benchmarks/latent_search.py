@@ -25,6 +25,7 @@ from tqdm import tqdm
 import fit_latent
 import util
 from anogan import files, runs
+from anogan.candidates import draw_candidates, nearest
 from benchmarks import measure
 from network import Discriminator, Generator
 
@@ -105,7 +106,7 @@ def main(config: Config) -> None:
         **measure.about(device),
     }
     print(", ".join(f"{name} {value}" for name, value in about.items()))
-    draw = partial(fit_latent.draw_candidates, gan.generator, gan.latent_dim, OURS.candidates, seed=0)
+    draw = partial(draw_candidates, gan.generator, gan.latent_dim, OURS.candidates, seed=0)
     candidates_seconds, candidates = measure.timed(draw, device)
 
     def our_steps(z: torch.Tensor, steps: int, precision: str) -> torch.Tensor:
@@ -114,7 +115,7 @@ def main(config: Config) -> None:
 
     def our_search(count: int, steps: int, precision: str) -> torch.Tensor:
         """The whole of our search for the first `count` images, start included: their losses (count,)."""
-        return our_steps(fit_latent.nearest(x[:count], candidates), steps, precision)
+        return our_steps(nearest(x[:count], candidates), steps, precision)
 
     # Single steps, the usual loop and ours in turn
     few = 25

@@ -252,7 +252,7 @@ SMALL = 5000  # bytes of pictures in memory: two of them have more
 LAUNCH = """
 import os, signal, sys
 from conftest import run_main
-from anogan import files, loading, loop, pictures
+from anogan import files, kept, loading, loop, pictures
 
 def dying(function, calls):
     def call(*arguments, **options):
@@ -276,7 +276,7 @@ elif moment == "picture":
 elif moment == "description":
     files.write_arrays = dying(files.write_arrays, 0)
 elif moment == "elsewhere" and os.environ["RANK"] == "1":
-    pictures._read = lambda *_: None
+    kept.read_about = lambda *_: None
 run_main(*command)
 """
 

@@ -26,6 +26,8 @@ from detectors import baselines
 RUN_FILES = {
     *("gan.pt", "losses.csv", "losses.png", "samples.png", "samples.gif", "reconstructions.png"),
     *("dataset.json", "run.json"),
+    *(f"pictures-{split}.{ending}" for split in ("validation", "test") for ending in ("bin", "npz")),
+    "candidates.npz",
     *("latents-validation.npz", "latents-test.npz", "validation-scores.npz", "scores.csv", "metrics.json"),
     *("report.html", "roc.png", "score_histograms.png", "per_class_auc.png", "difference_maps.png", "ranking.png"),
 }
@@ -34,7 +36,7 @@ RUN_FILES = {
 def test_every_file_is_there_and_no_other(digits_workdir: Path) -> None:
     run_dir = digits_workdir / "outputs/digits-0"
     assert {path.name for path in run_dir.glob("[!.]*")} == RUN_FILES | {
-        "latents-train_anomalies.npz",
+        *("latents-train_anomalies.npz", "pictures-train_anomalies.bin", "pictures-train_anomalies.npz"),
         *(f"latents-{split}-reference.npz" for split in ("validation", "test", "train_anomalies")),
         *(f"baselines-{split}.npz" for split in ("validation", "test", "train_anomalies")),
         *("encoder.pt", "encoder-losses.csv", "encoder-losses.png", "encoder-samples.png", "encoder-samples.gif"),

@@ -12,9 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 import fit_latent
 import util
+from anogan import runs
+from anogan.candidates import draw_candidates, nearest
 from anogan.images import stratified_subset, to_model
 from anogan.latents import batch_and_shard
-from fit_latent import Config, draw_candidates, nearest
+from fit_latent import Config
 from network import Discriminator, Generator, fold_batchnorm
 
 STEPS, LR, WEIGHT = 12, 0.1, 0.1
@@ -100,6 +102,41 @@ def test_steps_in_bf16_end_where_fp32_ends(tiny_networks: Networks, images: torc
     torch.testing.assert_close(scores[1], scores[0], rtol=0.01, atol=0)
     # what is returned is measured in fp32, not as the steps saw it
     torch.testing.assert_close(bf16[1], util.residual_loss(x, generator(bf16[0])))
+
+
+class Autocast(torch.nn.Module):
+    """A network under autocast, which casts its weights to bf16 each time that they are used."""
+
+    def __init__(self, network: Generator | Discriminator) -> None:
+        super().__init__()
+        self.network = network
+
+    @torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x)
+
+    @torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network.features(x)
+
+
+@pytest.mark.parametrize("discrimination", ["features", "reference"])
+def test_weights_cast_once_have_the_gradients_of_autocast(
+    tiny_networks: Networks,
+    images: torch.Tensor,
+    start: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    discrimination: str,
+) -> None:
+    networks, x, z = tuple(network.float() for network in tiny_networks), to_model(images), start.float()
+    for network in networks:
+        runs.freeze(network, torch.device("cpu"))
+    config = Config(steps=20, precision="bf16", discrimination=discrimination)
+    found = fit_latent.search(networks, x, z, config)
+    monkeypatch.setattr(runs, "cast", lambda networks, to: [Autocast(network) for network in networks])
+    expected = fit_latent.search(networks, x, z, config)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert {p.dtype for network in networks for p in network.parameters()} == {torch.float32}  # theirs are copies
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -22,6 +22,7 @@ import fit_latent
 import train_gan
 import util
 from anogan import loop, reconstruction, runs
+from anogan.candidates import draw_candidates, nearest
 from anogan.decoding import View
 from anogan.images import ImageSet, to_model
 from anogan.pictures import Pictures
@@ -233,7 +234,7 @@ def test_reconstruction_check(digits_workdir: Path, tmp_path: Path, capsys: pyte
             "made", [], np.arange(6), np.zeros(6), names, lambda i, _, p=pixels: Image.fromarray(p[i, 0].numpy())
         )
         x, config = to_model(pixels[:3]), fit_latent.Config(precision="fp32")
-        start = fit_latent.nearest(x, fit_latent.draw_candidates(gan.generator, gan.latent_dim, 1000, seed=0))
+        start = nearest(x, draw_candidates(gan.generator, gan.latent_dim, 1000, seed=0))
         z, residual, _ = fit_latent.search((gan.generator, gan.discriminator), x, start, config)
         found = {"source": names[:3], "index": np.arange(3), "class_name": names[:3], "picture": np.arange(3)}
         found |= {"z": z.numpy(), **dict.fromkeys(("residual", "discrimination"), residual.numpy())}

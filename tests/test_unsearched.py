@@ -17,6 +17,7 @@ import fit_latent
 import train_gan
 from anogan import runs, scoring, verdicts
 from detectors import cutpaste, pca
+from util import InputError
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -127,15 +128,19 @@ def test_an_image_that_became_unreadable_shifts_no_other(tmp_path: Path, run_her
     image_sets = {split: runs.open_split(gan, split) for split in ("validation", "test")}
     request = scoring.Request("peak", True, batch_size=3, skip_unreadable=True)
     before = scoring.score_run(gan, image_sets, evaluate.SCORES, request)["test"]
-    (tmp_path / "set/test/bad/1.png").write_bytes(b"")
-    after = scoring.score_run(gan, image_sets, evaluate.SCORES, request)["test"]
     kept = np.arange(8) != 1
+    expected = [each.generated for each in before.shown(np.flatnonzero(kept))]
+    (tmp_path / "set/test/bad/1.png").write_bytes(b"")
+    (gan.run_dir / "pictures-test.bin").unlink()  # or nobody would notice
+    after = scoring.score_run(gan, image_sets, evaluate.SCORES, request)["test"]
     assert after.images.source.tolist() == before.images.source[kept].tolist()
     np.testing.assert_array_equal(after.latents["z"], before.latents["z"][kept])
     for name, values in after.scores.items():
         np.testing.assert_allclose(values, before.scores[name][kept], rtol=1e-5)
     drawn = [each.generated for each in after.shown(np.arange(7))]
-    np.testing.assert_array_equal(drawn, [each.generated for each in before.shown(np.flatnonzero(kept))])
+    np.testing.assert_array_equal(drawn, expected)
+    with pytest.raises(InputError, match=r"pictures-test.bin was replaced"):
+        next(before.shown(np.flatnonzero(kept)))
 
 
 def test_stored_scores_of_other_images_are_refused(
