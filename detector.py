@@ -1,4 +1,4 @@
-"""A trained detector that a program or a notebook holds: it judges pictures in milliseconds, and writes nothing.
+"""A trained detector that a program or a notebook holds: it judges pictures without a new start, and writes nothing.
 
     from detector import Detector
 
@@ -9,7 +9,6 @@
 The verdicts are those of evaluate.py --images.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +36,7 @@ class Judgement(NamedTuple):
     p_value: float  # how often a normal picture would score as high
     flagged: bool  # whether the p-value is at most alpha
     heat: np.ndarray | None  # (height, width), at the picture's own size; NaN where the networks have not looked
+    doubts: list[str]  # why the p-value may not hold, such as another size than the validation pictures have
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,16 @@ class Detector:
 
     @classmethod
     def load(
-        cls, run_dir: str | Path, score: str | None = None, alpha: float | None = None, device: str = "auto"
+        cls, run_dir: str | Path, score: str | None = None, alpha: float = evaluate.Config.alpha, device: str = "auto"
     ) -> "Detector":
-        """Read a run folder; by default it judges as evaluate.py last did there.
+        """Read a run folder; by default it judges by the score that evaluate.py last judged by there.
 
+        What a detector remembers of its training images is made again if it was removed; else nothing is written.
         Raises InputError if evaluate.py has not run there since it was trained, or if there is no such score, or a file
         is missing or damaged.
         """
+        if not 0 < alpha < 1:
+            raise util.InputError(f"alpha must lie between 0 and 1, not {alpha}")
         gan = runs.load_gan(runs.find_run(Path(run_dir)), util.pick_device(device))
         name, parts = evaluate.score_of_verdict(gan, score)
         declared = scores.declared_for(gan, evaluate.SCORES)
@@ -81,7 +84,7 @@ class Detector:
         return cls(
             gan=gan,
             score=name,
-            alpha=evaluate.last_verdict(gan.run_dir).get("alpha", 0.05) if alpha is None else alpha,
+            alpha=alpha,
             normals=normals,
             needed=needed,
             map=next((each for each in maps if each.source in sources), None),
@@ -101,34 +104,36 @@ class Detector:
     def judge(self, pictures: Sequence[Picture]) -> list[Judgement]:
         """A verdict on each picture. A whole picture each is searched at once with up to 63 others.
 
-        Raises InputError for one that cannot be read. Warns of one with fewer or more patches than any validation
-        picture, or of another size where heat goes by place: there p-values do not hold.
+        Raises InputError for one that cannot be read.
         """
+        if isinstance(pictures, Picture):
+            raise util.InputError(f"judge takes a list of pictures, not {_name(pictures)} alone: put it into one")
         together = 1 if self.gan.view.has_patches else 64
         parts = (pictures[i : i + together] for i in range(0, len(pictures), together))
         return [found for part in parts for found in self._judge(part)]
 
     def _judge(self, pictures: Sequence[Picture]) -> Iterator[Judgement]:
         opened = [_open(picture) for picture in pictures]
+        seen = [self._seen(image, picture) for image, picture in zip(opened, pictures, strict=True)]
         drawn, found = [], []
-        with util.full_precision():
-            for some in self._patches(opened):
-                x, generated = self.gan.to_model(some.pixels), None
-                if self.search is not None:
-                    z, residual, discrimination = self.search.find(self.gan, x)
-                    generated = self.gan.generator(z)
-                    found.append((some.row, residual.cpu().numpy(), discrimination.cpu().numpy()))
-                drawn.append((some, x, generated))
-            loaded = self.loaded
+        for some in self._patches(seen):
+            x, generated = self.gan.to_model(some.pixels), None
             if self.search is not None:
-                names = ("picture", "residual", "discrimination")
-                arrays = dict(zip(names, map(np.concatenate, zip(*found, strict=True)), strict=True))
-                loaded = loaded | {scores.LATENTS: {"images": arrays | {"search": self.search.settings}}}
+                z, residual, discrimination = self.search.find(self.gan, x)
+                with util.full_precision():
+                    generated = self.gan.generator(z)
+                found.append((some.row, residual.cpu().numpy(), discrimination.cpu().numpy()))
+            drawn.append((some, x, generated))
+        loaded, heats = self.loaded, [None] * len(opened)
+        if self.search is not None:
+            names = ("picture", "residual", "discrimination")
+            arrays = dict(zip(names, map(np.concatenate, zip(*found, strict=True)), strict=True))
+            loaded = loaded | {scores.LATENTS: {"images": arrays | {"search": self.search.settings}}}
+        with util.full_precision():
             by_name, _ = scoring.score_batches("images", loaded, self.needed, self.normals.usual, drawn)
             for each in self.needed:
                 if each.parts:
                     by_name[each.name] = each.function(by_name, self.normals.scores)
-            heats = [None] * len(opened)
             if self.map is not None:
                 usual = self.normals.usual.get(self.map.name)
                 for i, of_picture in scoring.stitched(self.map, loaded.get(self.map.source), drawn):
@@ -137,29 +142,40 @@ class Detector:
         score = by_name[self.score]
         p_value = verdicts.p_values(score, self.normals.scores[self.score])
         flagged = verdicts.flags(p_value, self.alpha)
-        for row in zip(score.tolist(), p_value.tolist(), flagged.tolist(), heats, strict=True):
+        doubts = map(self._doubts, seen)
+        for row in zip(score.tolist(), p_value.tolist(), flagged.tolist(), heats, doubts, strict=True):
             yield Judgement(*row)
 
-    def _patches(self, opened: list[Image.Image]) -> Iterator[patches.Patches]:
-        """The patches of these pictures, in batches, with a warning for a picture whose p-value does not hold."""
-        side, (fewest, most) = self.gan.image_size, self.normals.patch_range
+    def _seen(self, image: Image.Image, picture: Picture) -> decoding.Seen:
+        try:
+            return decoding.as_seen(image, self.gan.view)
+        except Exception as error:  # a damaged file can make a decoder raise anything
+            raise util.InputError(f"cannot read {_name(picture)} ({error})") from error
 
-        def seen() -> Iterator[tuple[int, np.ndarray]]:
-            for row, image in enumerate(opened):
-                try:
-                    pixels = decoding.as_seen(image, self.gan.view).pixels
-                except Exception as error:  # a damaged file can make a decoder raise anything
-                    raise util.InputError(f"picture {row + 1} of these cannot be read ({error})") from error
-                size = pixels.shape[1:]
-                count = len(patches.grid(size, side, self.normals.stride))
-                if not fewest <= count <= most:
-                    _warn(f"{count} patches, not {fewest} to {most} as the validation pictures have")
-                of_normals = {usual.total.shape for usual in self.normals.usual.values()}
-                if self.map is not None and self.map.name in self.normals.usual and size not in of_normals:
-                    _warn(f"{size[1]}x{size[0]} pixels, another size than the validation pictures")
-                yield row, pixels
+    def _grid(self, size: tuple[int, int]) -> patches.Corners:
+        return patches.grid(size, self.gan.image_size, self.normals.stride)
 
-        return patches.batches(seen(), lambda _, size: patches.grid(size, side, self.normals.stride), side, 256)
+    def _patches(self, seen: list[decoding.Seen]) -> Iterator[patches.Patches]:
+        """The patches of these pictures, in batches."""
+        pictures = enumerate(each.pixels for each in seen)
+        return patches.batches(pictures, lambda _, size: self._grid(size), self.gan.image_size, 256)
+
+    def _doubts(self, seen: decoding.Seen) -> list[str]:
+        """What sets a picture apart from the validation pictures, or is not seen of it."""
+        size, (fewest, most) = seen.pixels.shape[1:], self.normals.patch_range
+        count, by_place = len(self._grid(size)), self.normals.usual.get(self.map.name) if self.map else None
+        found = []
+        if not fewest <= count <= most:
+            found.append(f"it has {count} patches, not {fewest} to {most} as the validation pictures")
+        if by_place is not None and size != by_place.total.shape:
+            found.append("it has another size than the validation pictures, and its heat goes by place")
+        if seen.lost_colour:
+            found.append("it is in colour, and is judged in grey")
+        if seen.enlarged:
+            found.append("it is enlarged, so that its details are blurred")
+        if seen.outside > 0:
+            found.append(f"{seen.outside:.2%} of its pixels lie outside the black and white of the training pictures")
+        return found
 
 
 @dataclass(frozen=True)
@@ -185,7 +201,10 @@ class Search:
         """z, residual and discrimination of x (N, C, H, W), see `fit_latent.search`."""
         names = (*fit_latent.SEARCH_SETTINGS, "precision")
         config = fit_latent.Config(**{name: self.settings[name] for name in names})
-        return fit_latent.search((gan.generator, gan.discriminator), x, self.start(x), config)
+        found = fit_latent.search((gan.generator, gan.discriminator), x, self.start(x), config)
+        if not all(values.isfinite().all() for values in found):
+            raise util.InputError("the search diverged: numbers that are not finite")
+        return found
 
 
 def _open(picture: Picture) -> Image.Image:
@@ -196,17 +215,12 @@ def _open(picture: Picture) -> Image.Image:
         if isinstance(picture, np.ndarray):
             return Image.fromarray(picture)
         pages = decoding.page_numbers(Path(picture))
-        image = decoding.open_file(Path(picture))
+        if len(pages) == 1:
+            return decoding.open_file(Path(picture), pages[0])
     except Exception as error:  # a damaged file can make a decoder raise anything
-        raise util.InputError(f"cannot read the picture {_name(picture)} ({error})") from error
-    if len(pages) > 1:
-        raise util.InputError(f"{picture} holds {len(pages)} pictures: open it with Pillow, and judge its pages")
-    return image
+        raise util.InputError(f"cannot read {_name(picture)} ({error})") from error
+    raise util.InputError(f"{picture} holds {len(pages)} pictures: open it with Pillow, and judge its pages")
 
 
 def _name(picture: Picture) -> str:
-    return f"array {picture.shape} of {picture.dtype}" if isinstance(picture, np.ndarray) else str(picture)
-
-
-def _warn(what: str) -> None:
-    warnings.warn(f"a picture has {what}: its p-value does not hold", stacklevel=2)
+    return f"an array {picture.shape} of {picture.dtype}" if isinstance(picture, np.ndarray) else str(picture)

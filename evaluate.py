@@ -166,18 +166,13 @@ def judge_pictures(gan: runs.TrainedGAN, config: Config) -> dict[str, dict[str, 
     }
 
 
-def last_verdict(run_dir: Path) -> dict[str, Any]:
-    """How the test images of a run were judged last, {} if they never were."""
-    return files.read_json(run_dir / "metrics.json").get("threshold", {})
-
-
 def score_of_verdict(gan: runs.TrainedGAN, asked_for: str | None) -> tuple[str, list[str] | None]:
     """The score that pictures without labels are judged by, and the parts that it must have; None if any will do.
 
     By default that which the test images were judged by, so that what was measured is what is used. Raises InputError
     if that is no score any more.
     """
-    measured = last_verdict(gan.run_dir)
+    measured = files.read_json(gan.run_dir / "metrics.json").get("threshold", {})
     before = measured.get("score")
     if asked_for is not None or before is None:
         return asked_for or default_score(gan.run_dir), None

@@ -13,7 +13,6 @@ import numpy as np
 
 from anogan import files
 from anogan.decoding import Seen, View
-from util import InputError
 
 VERSION = 1  # raised where the same bytes are decoded to other pixels: those that a run folder keeps are made anew
 
@@ -82,15 +81,10 @@ class Kept:
         return (0, 0) if at is None else tuple(self.size[at].tolist())
 
     def seen(self, index: int) -> Seen | None:
-        """What the networks see of a picture; None if it is not among them.
-
-        Raises InputError if the file is not that of then.
-        """
+        """What the networks see of a picture; None if it is not among them, or the file is no longer that of then."""
         at = self._place(index)
-        if at is None:
+        if at is None or _state(self.path) != self.state:
             return None
-        if _state(self.path) != self.state:
-            raise InputError(f"{self.path} was replaced while it was in use: run again")
         shape = (self.view.channels, *self.size[at].tolist())
         # mapped anew each time, or all that was ever read of it would count as memory of this process
         pixels = np.array(np.memmap(self.path, np.uint8, "r", int(self.first[at]), shape))

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -117,8 +118,8 @@ def freeze(network: nn.Module, device: torch.device) -> None:
 
 
 def cast(networks: Sequence[nn.Module], to: torch.dtype) -> list[nn.Module]:
-    """Copies of frozen networks whose weights are of another type, for many steps: the gradients are those of autocast,
-    which casts all weights of a frozen network anew at each step."""
+    """Copies of frozen networks whose weights are of another type, for all steps of a batch: the gradients are those of
+    autocast, which casts all weights of a frozen network anew at each step."""
     return [copy.deepcopy(network).to(to) for network in networks]
 
 
@@ -282,7 +283,8 @@ def keep_decoded(
     gan: TrainedGAN, image_set: images.ImageSet, split: str, skip_unreadable: bool = False
 ) -> images.ImageSet:
     """A set of pictures of a split whose pixels lie in the run folder, as the networks see them: decoded now, unless
-    they were before. More than MOST_KEPT bytes are not kept, but decoded by each script that needs them.
+    they were before. More than MOST_KEPT bytes, or than half of what is free on the disk, are not kept, but decoded by
+    each script that needs them.
 
     Every process must call this. Raises InputError for a picture that cannot be read, unless they are to be skipped, or
     if the file cannot be written.
@@ -290,8 +292,9 @@ def keep_decoded(
     path = gan.run_dir / f"pictures-{split}.bin"
     found = kept.read(path, gan.fingerprint, gan.view)
     if any(processes.largest(found is None or not found.covers(image_set.index))):
-        if _bytes(gan, image_set) > MOST_KEPT:
-            print(f"{split}: more than {MOST_KEPT / 2**30:g} GiB of pictures are not kept: they are decoded each time")
+        most = min(MOST_KEPT, shutil.disk_usage(gan.run_dir).free // 2)
+        if any(processes.largest(_bytes(gan, image_set) > most)):
+            print(f"{split}: more than {most / 2**30:.3g} GiB of pictures are not kept: they are decoded each time")
             return image_set
         if processes.rank() == 0:
             batches = loading.decode_batches(len(image_set), gan.view)

@@ -36,7 +36,7 @@ from detector import Detector
 
 CPU = torch.device("cpu")
 # of a run: other pictures, and what would have to be searched anew with the rest
-LEFT_OUT = ("images-*", ".lock", "latents-train*", "latents-*-reference.npz", "baselines-*")
+LEFT_OUT = ("images-*", "pictures-*", ".lock", "latents-train*", "latents-*-reference.npz", "baselines-*")
 
 
 @dataclass
@@ -144,7 +144,8 @@ def warm(run_dir: Path, init: str, steps: int, config: Config) -> dict[str, floa
 
 def _command(script: str, run_dir: Path, *flags: str) -> None:
     command = [sys.executable, measure.ROOT / script, "--run-dir", run_dir, *flags]
-    subprocess.run(command, check=True, capture_output=True)
+    if (done := subprocess.run(command, capture_output=True, text=True)).returncode != 0:
+        raise util.InputError(f"{script} failed: {done.stderr.strip().splitlines()[-1]}")
 
 
 def main(config: Config) -> None:

@@ -84,7 +84,8 @@ def _paths(folder: Path, of: images.ImageSet) -> Iterator[Path]:
 def measured(config: Config, key: dict[str, str]) -> dict[str, str]:
     """The row of one class and seed."""
     name, seed = key["normal_class"], key["seed"]
-    data, run_dir = config.folder / f"data-{name}-{config.test}", config.folder / f"{name}-{seed}-{config.epochs}"
+    about = f"{key['dataset']}-{config.test}-{config.validation}"
+    data, run_dir = config.folder / f"data-{name}-{about}", config.folder / f"{name}-{seed}-{config.epochs}-{about}"
     if not data.exists():
         write_data(data, config, name)
     common = ("--seed", seed, "--device", config.device)

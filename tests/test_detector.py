@@ -10,7 +10,8 @@ import torch
 from conftest import TINY
 from PIL import Image
 
-from anogan import files, heatmaps, runs
+import evaluate
+from anogan import candidates, decoding, heatmaps, runs, scoring
 from detector import Detector, Judgement
 from util import InputError
 
@@ -35,21 +36,32 @@ def contents(run_dir: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file() and path.name != ".lock"}
 
 
-def assert_same_verdicts(run_dir: Path, found: list[Judgement], score: str) -> None:
-    """They are those in scores.csv and heat/ of the folder images-new."""
+def brightest(detector: Detector) -> float:
+    """The heat that has the brightest colour, see `verdicts.decide`."""
+    if 0 < detector.level < np.inf:
+        return 2 * detector.level
+    largest = float(detector.normals.scores[scoring.peak_of(detector.map, evaluate.SCORES)].max())
+    return largest if largest > 0 else 1.0
+
+
+def assert_same_verdicts(run_dir: Path, pictures: list[Path], found: list[Judgement], detector: Detector) -> None:
+    """They are those in scores.csv and marked/ of the folder images-new."""
     folder = run_dir / "images-new"
     with (folder / "scores.csv").open() as file:
         rows = sorted(csv.DictReader(file), key=lambda row: row["path"])
     assert len(rows) == len(found)
     for i, (row, one) in enumerate(zip(rows, found, strict=True)):
-        assert one.score == pytest.approx(float(row[score]), rel=1e-5)
+        assert one.score == pytest.approx(float(row[detector.score]), rel=1e-5)
         assert one.p_value == pytest.approx(float(row["p_value"]))
         assert one.flagged == (row["flagged"] == "1")
+        assert one.doubts == []
         if one.heat is not None:
-            assert one.heat.shape == (40, 52)
+            with Image.open(folder / f"marked/{i}.png.png") as drawn, Image.open(pictures[i]) as picture:
+                marked = heatmaps.marked(np.asarray(picture.convert("RGB")), one.heat, detector.level)
+                assert (np.asarray(drawn) == marked).all()
             with Image.open(folder / f"heat/{i}.png.png") as drawn:
-                saved = np.asarray(drawn)
-            assert saved.shape == (40, 52, 3) and saved.std() > 1
+                coloured = heatmaps.coloured(one.heat, brightest(detector))
+                assert (np.asarray(drawn) == coloured).all() and coloured.std() > 1
 
 
 @pytest.mark.parametrize("score", ["anomaly_score", "peak", "combined", "f_anogan", "kde"])
@@ -62,11 +74,11 @@ def test_whole_pictures(trained: Path, pictures: list[Path], run_here: Callable[
     run_here("fit_latent.py", "--images", "new", "--steps", "20", *CPU)
     run_here("evaluate.py", "--images", "new", *QUICK)
     before = contents(trained)
-    detector = Detector.load(trained, device="cpu")
-    assert (detector.score, detector.alpha) == (score, 0.2)
+    detector = Detector.load(trained, alpha=0.2, device="cpu")
+    assert (detector.score, Detector.load(trained, device="cpu").alpha) == (score, 0.05)  # as evaluate.py --images
     found = detector.judge(pictures)
     assert contents(trained) == before
-    assert_same_verdicts(trained, found, score)
+    assert_same_verdicts(trained, pictures, found, detector)
     assert (detector.search is None) == (score in ("combined", "f_anogan"))
     assert [one.heat is None for one in found] == 5 * [score == "f_anogan"]
 
@@ -96,19 +108,14 @@ def test_patches_without_a_search(patch_run: Path, pictures: list[Path], run_her
     run_here("evaluate.py", "--run-dir", "run", *QUICK)
     run_here("evaluate.py", "--run-dir", "run", "--images", "new", *QUICK)
     before = contents(patch_run)
-    detector = Detector.load(patch_run, device="cpu")
+    detector = Detector.load(patch_run, alpha=0.2, device="cpu")
     found = detector.judge(pictures)
     assert detector.score == "combined" and detector.search is None and contents(patch_run) == before
-    assert_same_verdicts(patch_run, found, "combined")
-    # what is marked in red is what passes the level
-    for i, one in enumerate(found):
-        with Image.open(patch_run / f"images-new/marked/{i}.png.png") as drawn, Image.open(pictures[i]) as picture:
-            rgb = np.asarray(picture.convert("RGB"))
-            assert (np.asarray(drawn) == heatmaps.marked(rgb, one.heat, detector.level)).all()
+    assert_same_verdicts(patch_run, pictures, found, detector)
     by_worst = Detector.load(patch_run, score="cutpaste_worst", alpha=0.5, device="cpu")
     assert by_worst.alpha == 0.5 and len(by_worst.judge(pictures[:1])) == 1
-    with pytest.warns(UserWarning, match="patches, not 6 to 6"):
-        detector.judge([np.zeros((90, 52), np.uint8)])
+    (other,) = detector.judge([np.full((90, 52, 3), (255, 0, 0), np.uint8)])
+    assert [doubt.split(",")[0] for doubt in other.doubts] == ["it has 15 patches", "it is in colour"]
 
 
 def test_the_search_of_an_encoder(trained: Path, pictures: list[Path], run_here: Callable[..., None]) -> None:
@@ -117,7 +124,8 @@ def test_the_search_of_an_encoder(trained: Path, pictures: list[Path], run_here:
     run_here("evaluate.py", *QUICK, "--score", "residual")
     run_here("fit_latent.py", "--images", "new", "--init", "encoder", "--steps", "10", *CPU)
     run_here("evaluate.py", "--images", "new", *QUICK)
-    assert_same_verdicts(trained, Detector.load(trained, device="cpu").judge(pictures), "residual")
+    detector = Detector.load(trained, alpha=0.2, device="cpu")
+    assert_same_verdicts(trained, pictures, detector.judge(pictures), detector)
 
 
 def test_what_is_refused(trained: Path, pictures: list[Path], tmp_path: Path) -> None:
@@ -126,14 +134,27 @@ def test_what_is_refused(trained: Path, pictures: list[Path], tmp_path: Path) ->
     stack = [Image.fromarray(np.full((40, 52), i, np.uint8)) for i in range(3)]
     stack[0].save(tmp_path / "stack.tif", save_all=True, append_images=stack[1:])
     for picture, message in (
-        (tmp_path / "broken.png", r"cannot read the picture .*broken.png"),
-        (tmp_path / "missing.png", r"cannot read the picture .*missing.png"),
+        (tmp_path / "broken.png", r"cannot read .*broken.png"),
+        (tmp_path / "missing.png", r"cannot read .*missing.png"),
         (tmp_path / "stack.tif", r"stack.tif holds 3 pictures"),
-        (np.zeros((4, 4), np.complex64), r"array \(4, 4\) of complex64"),
-        (np.zeros((40, 52), np.uint16), r"picture 1 of these cannot be read \(it has more than 8 bits"),
+        (np.zeros((4, 4), np.complex64), r"cannot read an array \(4, 4\) of complex64"),
+        (np.zeros((40, 52), np.uint16), r"cannot read an array \(40, 52\) of uint16 \(it has more than 8 bits"),
     ):
         with pytest.raises(InputError, match=message):
             detector.judge([picture])
+    for alone in (str(pictures[0]), pictures[0], np.zeros((40, 52), np.uint8)):
+        with pytest.raises(InputError, match="judge takes a list of pictures"):
+            detector.judge(alone)
+    # a file whose first page is a thumbnail of the other: it is the other that counts
+    picture = Image.open(pictures[0])
+    small, page = picture.resize((26, 20)), picture.copy()
+    small.encoderinfo, page.encoderinfo = {"tiffinfo": {254: 1}}, {"tiffinfo": {254: 0}}
+    small.save(tmp_path / "both.tif", save_all=True, append_images=[page], tiffinfo={254: 1})
+    assert decoding.page_numbers(tmp_path / "both.tif") == [1]
+    (one,), (other,) = detector.judge([tmp_path / "both.tif"]), detector.judge([picture])
+    assert one.score == other.score
+    with pytest.raises(InputError, match="alpha must lie between 0 and 1"):
+        Detector.load(trained, alpha=0)
     with pytest.raises(InputError, match="there is no score beauty"):
         Detector.load(trained, score="beauty")
     (trained / "validation-scores.npz").unlink()
@@ -145,8 +166,6 @@ def test_what_is_refused(trained: Path, pictures: list[Path], tmp_path: Path) ->
 
 def test_candidates_are_kept(trained: Path, run_here: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     """The next search takes those in the run folder; damaged ones, and those of another seed, are drawn anew."""
-    from anogan import candidates
-
     monkeypatch.chdir(trained)
     gan = runs.load_gan(trained, torch.device("cpu"))
     path = trained / candidates.FILE
@@ -164,4 +183,3 @@ def test_candidates_are_kept(trained: Path, run_here: Callable[..., None], monke
     assert not (other.z == kept.z).all() and path.read_bytes() == before
     candidates.candidates_of(gan, 100, 0)
     assert len(candidates.candidates_of(gan, 100, 0).z) == 100 and path.read_bytes() != before
-    assert files.read_json(trained / "run.json")

@@ -107,9 +107,7 @@ def test_they_are_those_of_the_set(trained: Path, run_here: Callable[..., None],
     assert scores_of(trained) == before and len(decoded) == 6
 
 
-def test_a_kill_leaves_nothing(
-    trained: Path, run_here: Callable[..., None], fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_leaves_nothing(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gan = runs.load_gan(trained, torch.device("cpu"))
     test = runs.open_split(gan, "test")
     seen_batches = loading.seen_batches

@@ -42,13 +42,13 @@ def test_every_class_is_measured_once(
     config = published_protocol.Config(dataset="set", epochs=1, test=8, validation=2)
     published_protocol.main(config)
     scripts = ("train_gan.py", "fit_latent.py", "evaluate.py")
-    assert ran == [(script, f"{name}-0-1") for name in "ab" for script in scripts]
+    assert ran == [(script, f"{name}-0-1-set-8-2") for name in "ab" for script in scripts]
     training = np.stack([each for name, each in seen.items() if name.startswith("train")])
     assert training.min() == 0 and training.max() == 255  # the range is theirs
     assert len([name for name in seen if name.startswith("validation")]) <= 2
     rows = measure.read_rows(tmp_path / "published_protocol.csv")
     assert [(row["normal_class"], row["seed"], row["n_test"]) for row in rows] == [("a", "0", "8"), ("b", "0", "8")]
-    found = measure.read_metrics(tmp_path / "outputs/published-protocol/b-0-1")["test"]
+    found = measure.read_metrics(tmp_path / "outputs/published-protocol/b-0-1-set-8-2")["test"]
     assert float(rows[1]["anomaly_score"]) == pytest.approx(found["anomaly_score"]["roc_auc"], abs=1e-4)
     assert found["anomaly_score"]["n_normal"] == found["anomaly_score"]["n_anomalous"] == 4
     assert not list((tmp_path / "outputs/published-protocol").glob("data-*"))
