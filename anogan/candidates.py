@@ -62,9 +62,8 @@ def _read(gan: runs.TrainedGAN, count: int, seed: int) -> Candidates | None:
     try:
         with np.load(gan.run_dir / FILE, allow_pickle=False) as file:
             small = torch.from_numpy(file["thumbnails"])
-            is_ours = str(file["gan"]) == gan.fingerprint and int(file["seed"]) == seed and len(small) == count
+            if (str(file["gan"]), int(file["seed"]), len(small)) != (gan.fingerprint, seed, count):
+                return None
     except Exception:  # numpy raises almost anything on damaged bytes: they are drawn again
         return None
-    return (
-        Candidates(draw_latents(gan.latent_dim, count, seed).to(gan.device), small.to(gan.device)) if is_ours else None
-    )
+    return Candidates(draw_latents(gan.latent_dim, count, seed).to(gan.device), small.to(gan.device))

@@ -176,9 +176,10 @@ def _decode(
 ) -> tuple[dict[int, decoding.Seen], list[str]]:
     """What is seen of the images that can be read, by position; and what is wrong with the others."""
     seen, faults = {}, []
+    kept = image_set.kept if _is_kept(image_set, view) else None
     for row in rows:
         with _noting(image_set, row, faults):
-            found = image_set.kept.seen(image_set.index[row]) if _is_kept(image_set, view) else None
+            found = None if kept is None else kept.seen(image_set.index[row])
             seen[row] = decoding.as_seen(image_set.open(row), view) if found is None else found
         if faults and not skip_unreadable:
             break

@@ -16,6 +16,7 @@ from anogan import runs
 from anogan.candidates import draw_candidates, nearest
 from anogan.images import stratified_subset, to_model
 from anogan.latents import batch_and_shard
+from benchmarks.once import Autocast
 from fit_latent import Config
 from network import Discriminator, Generator, fold_batchnorm
 
@@ -102,22 +103,6 @@ def test_steps_in_bf16_end_where_fp32_ends(tiny_networks: Networks, images: torc
     torch.testing.assert_close(scores[1], scores[0], rtol=0.01, atol=0)
     # what is returned is measured in fp32, not as the steps saw it
     torch.testing.assert_close(bf16[1], util.residual_loss(x, generator(bf16[0])))
-
-
-class Autocast(torch.nn.Module):
-    """A network under autocast, which casts its weights to bf16 each time that they are used."""
-
-    def __init__(self, network: Generator | Discriminator) -> None:
-        super().__init__()
-        self.network = network
-
-    @torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.network(x)
-
-    @torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
-    def features(self, x: torch.Tensor) -> torch.Tensor:
-        return self.network.features(x)
 
 
 @pytest.mark.parametrize("discrimination", ["features", "reference"])
