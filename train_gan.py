@@ -82,7 +82,9 @@ def train(
     """
     optimizer_g, optimizer_d = optimizers
     unwrapped = getattr(discriminator, "module", discriminator)  # for G's steps, where D has no gradients to average
-    for real in loop:
+
+    def play(real: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A step of D and the steps of G on one batch; its losses, and the means of D(x) and D(G(z))."""
         draw_z = partial(torch.randn, len(real), latent_dim, device=real.device)  # z ~ N(0, I), (B, latent_dim)
 
         # D: maximise log D(x) + log(1 - D(G(z)))
@@ -105,7 +107,11 @@ def train(
         discriminator.requires_grad_(True)
 
         p_real, p_fake = real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()
-        loop.log(loss_d=loss_d, loss_g=loss_g, p_real=p_real, p_fake=p_fake)
+        return {"loss_d": loss_d, "loss_g": loss_g, "p_real": p_real, "p_fake": p_fake}
+
+    play = loop.captured(play)
+    for real in loop:
+        loop.log(**play(real))
 
 
 def main(config: Config) -> Path:

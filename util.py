@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 from torch.optim import Optimizer
 
 Precision = Literal["auto", "bf16", "fp32"]
+Result = TypeVar("Result")  # of a step
 
 
 # ---- losses and score -----------------------------------------------------------------------------------------------
@@ -129,29 +130,38 @@ def pick_precision(name: Precision, device: torch.device) -> str:
     return "bf16" if device.type == "cpu" and has_bf16 else "fp32"
 
 
-def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+def captured(step: Callable[..., Result], device: torch.device) -> Callable[..., Result]:
     """The same step for many calls: on a CUDA device its kernels are launched as one, a CUDA graph, from the fourth on.
 
-    Small batches keep a GPU busy for less time than Python needs to launch their kernels. What differs from call to
-    call must lie in tensors that the step finds in the same place: a graph knows nothing else. On other devices it is
-    the step itself.
+    Small batches keep a GPU busy for less time than Python needs to launch their kernels. A graph knows addresses and
+    nothing else. So the step's arguments, tensors of the same shapes at each call, are copied to where the graph finds
+    them, and whatever else differs from call to call must lie in tensors that stay. What a call returns is overwritten
+    by the next one. On other devices it is the step itself.
     """
     if device.type != "cuda":
         return step
     stream, graph, number = torch.cuda.Stream(device), torch.cuda.CUDAGraph(), count(1)
+    places: list[torch.Tensor] = []
+    result = None
 
-    def call() -> None:
+    def call(*arguments: torch.Tensor) -> Result:
+        nonlocal result
+        if not places:
+            places.extend(torch.empty_like(argument) for argument in arguments)
+        for place, argument in zip(places, arguments, strict=True):
+            place.copy_(argument)
         call_number = next(number)
         if call_number <= 3:  # as they are: libraries and optimizers make their own things now, which a graph may not
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
-                step()
+                result = step(*places)
             torch.cuda.current_stream(device).wait_stream(stream)
-            return
+            return result
         if call_number == 4:
             with torch.cuda.graph(graph, stream=stream):  # notes the step, and does nothing
-                step()
+                result = step(*places)
         graph.replay()
+        return result
 
     return call
 

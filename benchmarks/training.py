@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,12 +99,21 @@ def usual_steps(image_set: images.ImageSet, config: Config, device: torch.device
 class Turns:
     """What train_gan.train sees of a loop: in each turn the next `steps` of endless batches (B, C, H, W)."""
 
-    def __init__(self, batches: Iterator[torch.Tensor], steps: int, autocast: torch.autocast) -> None:
-        self.batches, self.steps, self.autocast = batches, steps, autocast
+    def __init__(
+        self, batches: Iterator[torch.Tensor], steps: int, autocast: torch.autocast, device: torch.device
+    ) -> None:
+        self.batches, self.steps, self.autocast, self.device = batches, steps, autocast, device
         self.losses: list[torch.Tensor] = []  # D's and G's (2,) of every step so far, on the device
+        self._graph: Callable[..., Any] | None = None
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         yield from islice(self.batches, self.steps)
+
+    def captured(self, body: Callable[..., Any]) -> Callable[..., Any]:
+        """The body; if it becomes a CUDA graph, then that of the first turn for all turns."""
+        if self._graph is None and (found := util.captured(body, self.device)) is not body:
+            self._graph = found
+        return self._graph or body
 
     def log(self, loss_d: torch.Tensor, loss_g: torch.Tensor, **_: torch.Tensor) -> None:
         self.losses.append(torch.stack([loss_d.detach(), loss_g.detach()]))
@@ -116,10 +126,12 @@ def our_training(
     ours = train_gan.Config(batch_size=config.batch_size, generator_steps=3)
     generator, discriminator = networks(config, device)
     optimizers = loop.prepare(generator, ours, device), loop.prepare(discriminator, ours, device)
+    for optimizer in optimizers:
+        loop.keep_step_size(optimizer, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     batches = (images.to_model(batch, device) for batch in loop.real_batches(seen, config.batch_size, config.seed))
     batches = (x.contiguous(memory_format=torch.channels_last) for x in batches)
-    turns = Turns(batches, config.steps, autocast)
+    turns = Turns(batches, config.steps, autocast, device)
     settings = (generator, discriminator, optimizers, ours.latent_dim, ours.generator_steps)
     return partial(train_gan.train, turns, *settings), turns.losses
 

@@ -1,6 +1,7 @@
 """What the tests share: running a script as a person does, in a process or in this one, and a tiny trained run."""
 
 import csv
+import itertools
 import multiprocessing
 import os
 import resource
@@ -15,13 +16,17 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from filelock import FileLock
 from matplotlib.figure import Figure
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import util
 from anogan import files, plots
 from network import Discriminator, Generator
 
@@ -161,6 +166,63 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     return folder
 
 
+class Replay(TorchDispatchMode):
+    """A CUDA graph on a CPU: the operations of one call of a step, on the very tensors that they were called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(
+        self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        found = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, found))
+        return found
+
+    @torch.no_grad()
+    def run(self) -> None:
+        for function, args, kwargs, before in self.calls:
+            found = function(*args, **kwargs)
+            for old, new in zip(tree_leaves(before), tree_leaves(found), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def replayed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[int]]:
+    """Once called, steps are captured on a CPU as `util.captured` does it on a GPU; the list that it returns gets the
+    number of operations of each captured step."""
+
+    def start() -> list[int]:
+        lengths: list[int] = []
+
+        def captured(step: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+            replay, number, places, result = Replay(), itertools.count(1), [], None
+
+            def call(*arguments: torch.Tensor) -> Any:
+                nonlocal result
+                places.extend(torch.empty_like(argument) for argument in arguments[len(places) :])
+                for place, argument in zip(places, arguments, strict=True):
+                    place.copy_(argument)
+                if (call_number := next(number)) <= 3:
+                    return step(*places)
+                if call_number == 4:  # noted, and done
+                    with replay:
+                        result = step(*places)
+                    lengths.append(len(replay.calls))
+                else:
+                    replay.run()
+                return result
+
+            return call
+
+        monkeypatch.setattr(util, "captured", captured)
+        return lengths
+
+    return start
+
+
 class Batches:
     """What the body of a training sees of a Loop: its batches, autocast switched off, and what it logs, in `rows`."""
 
@@ -170,6 +232,9 @@ class Batches:
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         yield from self.batches
+
+    def captured(self, body: Callable[..., Any]) -> Callable[..., Any]:
+        return util.captured(body, torch.device("cpu"))
 
     def log(self, **values: torch.Tensor) -> None:
         self.rows.append({name: value.item() for name, value in values.items()})

@@ -1,14 +1,11 @@
 """The batched search against a plain loop over single images, and what it must leave alone."""
 
 import copy
-import itertools
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import fit_latent
 import util
@@ -245,36 +242,13 @@ def test_what_is_measured_is_in_full_precision(
     assert torch.backends.cudnn.allow_tf32
 
 
-class Replay(TorchDispatchMode):
-    """A CUDA graph on a CPU: the operations of one call of a step, on the very tensors that they were called with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple] = []
-
-    def __torch_dispatch__(
-        self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
-    ) -> object:
-        found = function(*args, **(kwargs or {}))
-        self.calls.append((function, args, kwargs or {}, found))
-        return found
-
-    @torch.no_grad()
-    def run(self) -> None:
-        for function, args, kwargs, before in self.calls:
-            found = function(*args, **kwargs)
-            for old, new in zip(tree_leaves(before), tree_leaves(found), strict=True):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("discrimination", ["features", "reference"])
 def test_a_replayed_step_is_the_step(
     tiny_networks: Networks,
     images: torch.Tensor,
     start: torch.Tensor,
-    monkeypatch: pytest.MonkeyPatch,
+    replayed: Callable[[], list[int]],
     precision: str,
     discrimination: str,
 ) -> None:
@@ -282,25 +256,7 @@ def test_a_replayed_step_is_the_step(
     networks, x, z = tuple(network.float() for network in tiny_networks), to_model(images), start.float()
     config = Config(steps=30, precision=precision, discrimination=discrimination)
     expected = fit_latent.search(networks, x, z, config)
-    replays = []
-
-    def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-        """As util.captured, with three steps as they are."""
-        replay, number = Replay(), itertools.count(1)
-
-        def call() -> None:
-            if (call_number := next(number)) <= 3:
-                step()
-            elif call_number == 4:  # noted, and done
-                with replay:
-                    step()
-                replays.append(len(replay.calls))
-            else:
-                replay.run()
-
-        return call
-
-    monkeypatch.setattr(util, "captured", captured)
+    replays = replayed()
     found = fit_latent.search(networks, x, z, config)
     assert len(replays) == 1 and replays[0] > 50
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

@@ -95,6 +95,36 @@ def test_training_step_is_the_plain_step(float64: None) -> None:
         assert all(weight.requires_grad for weight in network.parameters())
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_replayed_step_is_the_step(replayed: Callable[[], list[int]], precision: str) -> None:
+    """A CUDA graph knows tensors alone: a training whose steps from the fourth on are replays must end the same."""
+    config = train_gan.Config(latent_dim=8, batch_size=8, lr=1e-3)
+    batches = [torch.rand(8, 3, 32, 32) * 2 - 1 for _ in range(8)]
+    ended = []
+    for turn in range(2):
+        lengths = replayed() if turn == 1 else []
+        torch.manual_seed(0)
+        networks = Generator(32, 3, 8, 4).apply(initialise_weights), Discriminator(32, 3, 4).apply(initialise_weights)
+        optimizers = [loop.prepare(network, config, torch.device("cpu")) for network in networks]
+        steps = Batches(batches)
+        steps.autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+        train_gan.train(steps, *networks, optimizers, config.latent_dim, generator_steps=3)
+        ended.append((steps.rows, [value for network in networks for value in network.state_dict().values()]))
+    assert len(lengths) == 1 and lengths[0] > 100
+    assert ended[0][0] == ended[1][0]
+    assert all(torch.equal(one, other) for one, other in zip(ended[0][1], ended[1][1], strict=True))
+
+
+def test_a_step_size_from_another_device() -> None:
+    """A GPU keeps it in a tensor, which would be read at each step of a CPU; a CPU in a float, which a graph keeps."""
+    network = nn.Linear(2, 2)
+    optimizer = loop.prepare(network, train_gan.Config(lr=0.25), torch.device("cpu"))
+    optimizer.param_groups[0] |= {"lr": torch.tensor(0.25), "capturable": True}
+    loop.keep_step_size(optimizer, torch.device("cpu"))
+    group = optimizer.param_groups[0]
+    assert type(group["lr"]) is float and group["lr"] == 0.25 and group["capturable"] is False
+
+
 def test_stored_statistics_are_of_real_images_alone() -> None:
     """Those of generated ones, `generator_steps` + 1 batches to one real one, would be what P_D and f are seen with."""
     torch.manual_seed(0)
