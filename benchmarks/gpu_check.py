@@ -448,25 +448,50 @@ def compare_graphs(findings: Findings, search: Callable[..., tuple[torch.Tensor,
             findings.check(f"{what}, A(x)", difference, limit, "the change of another seed of the candidates")
 
 
+def compare_training_graphs(
+    findings: Findings, begin: Callable[[], tuple[Callable[[], None], list[torch.Tensor]]], precision: str
+) -> None:
+    """The losses of a training with a CUDA graph and without; both draw the same noise."""
+    found = []
+    for inside in graph_kinds(torch.device("cuda")).values():
+        with inside():
+            turn, losses = begin()
+            torch.manual_seed(0)
+            for _ in range(4):
+                turn()
+        found.append(torch.stack(losses))  # (steps, 2)
+    difference = ((found[1] - found[0]).abs() / found[0].abs()).max().item()
+    what = f"{len(found[0])} training steps in {precision} with a CUDA graph against those without, losses"
+    findings.check(what, difference, 1e-3, "the same kernels: 0 is expected, and no less than rounding")
+
+
 def time_training(
     findings: Findings, sizes: Sizes, precisions: tuple[str, ...], device: torch.device, folder: Path
 ) -> None:
     """Training steps of a batch, ours and the usual loop's, which decodes pictures from the disk."""
     image_set = images.open_split(str(folder / "many"), "train", "disc")
     seen = pictures.load(image_set, View(sizes.image_size, 3))
+    if device.type == "cuda":
+        config = training.Config(image_size=sizes.image_size, ngf=sizes.timed_width, steps=4)
+        for precision in precisions:
+            with named_fault(findings, f"a training as a CUDA graph, {precision}"):
+                compare_training_graphs(
+                    findings, partial(training.our_training, seen, precision, config, device), precision
+                )
     tables = findings.tables["training"] = {}
     for batch in sizes.training_batches:
         config = training.Config(image_size=sizes.image_size, ngf=sizes.timed_width, batch_size=batch)
         config = replace(config, steps=sizes.training_steps)
         usual, image_steps = training.usual_steps(image_set, config, device), batch * config.steps
         turns = {"usual loop": (lambda usual=usual: list(islice(usual, sizes.training_steps)), image_steps, "fp32")}
-        for precision in precisions:
-            work = training.our_training(seen, precision, config, device)[0]
-            turns[f"ours, {precision}"] = (work, image_steps, precision)
+        kinds = [(precision, *kind) for precision in precisions for kind in graph_kinds(device).items()]
         if device.type == "cuda":
-            for kind, inside in cudnn_kinds().items():
-                work = training.our_training(seen, precisions[0], config, device)[0]
-                turns[f"ours, {precisions[0]}{kind}"] = (partial(within, inside, work), image_steps, precisions[0])
+            kinds += [(precisions[0], *kind) for kind in cudnn_kinds(", graph").items()]
+        for precision, kind, inside in kinds:
+            work = partial(within, inside, training.our_training(seen, precision, config, device)[0])
+            if kind:
+                work()  # the first turn notes the graph
+            turns[f"ours, {precision}{kind}"] = (work, image_steps, precision)
         table = measure.take_turns(turns, sizes.repeats, device)
         for row in table.values():
             row["images_per_second"] = 1e3 / row["ms_per_image_step"]["median"]

@@ -1,6 +1,6 @@
 """The methods that peers.py runs: PyOD's, anomalib's and PCA of patches, and how each sees a picture.
 
-Each is a function of training pictures, and of the minutes that its training may take if it names no end itself.
+Each is a function of training pictures, and of the budget of its training, for those that need one.
 """
 
 import tempfile
@@ -27,6 +27,13 @@ BATCH_SIZE = 32  # the default of anomalib's data modules
 Pictures = list[np.ndarray]  # uint8 (C, height, width) each
 
 
+class Budget(NamedTuple):
+    """What a training that names no end itself may use."""
+
+    minutes: float
+    device: torch.device
+
+
 class Fitted(NamedTuple):
     """A method after its training."""
 
@@ -47,36 +54,36 @@ def fit_pyod(model: Any, pictures: Pictures) -> Fitted:
     return Fitted(lambda test: model.decision_function(vectors(test)), seconds, size)
 
 
-def pyod_anogan(pictures: Pictures, minutes: float) -> Fitted:
+def pyod_anogan(pictures: Pictures, budget: Budget) -> Fitted:
     """AnoGAN (Schlegl et al. 2017) of fully connected networks."""
     from pyod.models.anogan import AnoGAN
 
     return fit_pyod(AnoGAN(), pictures)
 
 
-def pyod_deep_svdd(pictures: Pictures, minutes: float) -> Fitted:
+def pyod_deep_svdd(pictures: Pictures, budget: Budget) -> Fitted:
     """Deep SVDD (Ruff et al. 2018) of fully connected networks."""
     from pyod.models.deep_svdd import DeepSVDD
 
     return fit_pyod(DeepSVDD(pictures[0].size, verbose=0), pictures)
 
 
-def pyod_knn(pictures: Pictures, minutes: float) -> Fitted:
+def pyod_knn(pictures: Pictures, budget: Budget) -> Fitted:
     """The distance to the fifth nearest training picture."""
     from pyod.models.knn import KNN
 
     return fit_pyod(KNN(), pictures)
 
 
-def pyod_pca(pictures: Pictures, minutes: float) -> Fitted:
+def pyod_pca(pictures: Pictures, budget: Budget) -> Fitted:
     """The distances to all principal components, each over its share of the variance (Shyu et al. 2003)."""
     from pyod.models import pca
 
     return fit_pyod(pca.PCA(), pictures)
 
 
-def fit_anomalib(model_class: Any, pictures: Pictures, minutes: float, **settings: Any) -> Fitted:
-    """Train a model of anomalib's for so many minutes on pictures of one size.
+def fit_anomalib(model_class: Any, pictures: Pictures, budget: Budget, **settings: Any) -> Fitted:
+    """Train a model of anomalib's on pictures of one size until its budget is spent.
 
     It has no post-processor, which would cut off its scores, and no evaluator, which would need labels.
     """
@@ -89,27 +96,30 @@ def fit_anomalib(model_class: Any, pictures: Pictures, minutes: float, **setting
     def score(test: Pictures) -> np.ndarray:
         batches = (to_batch(test[i : i + BATCH_SIZE]).image for i in range(0, len(test), BATCH_SIZE))
         with torch.inference_mode():
-            return torch.cat([model(x).pred_score.flatten() for x in batches]).numpy()
+            found = torch.cat([model(x.to(budget.device)).pred_score.flatten() for x in batches])
+        return found.cpu().numpy()
 
     settings |= dict.fromkeys(("post_processor", "evaluator", "visualizer"), False)
     model = model_class(pre_processor=model_class.configure_pre_processor(pictures[0].shape[1:]), **settings)
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = Trainer(accelerator="cpu", max_time=timedelta(minutes=minutes), **quiet, **model.trainer_arguments)
+    on_gpu = budget.device.type == "cuda"
+    where = {"accelerator": "gpu", "devices": [budget.device.index]} if on_gpu else {"accelerator": "cpu"}
+    trainer = Trainer(**where, max_time=timedelta(minutes=budget.minutes), **quiet, **model.trainer_arguments)
     loader = DataLoader(pictures, BATCH_SIZE, shuffle=True, collate_fn=to_batch)
-    seconds, _ = timed(lambda: trainer.fit(model, loader), CPU)
-    model.eval()
+    seconds, _ = timed(lambda: trainer.fit(model, loader), budget.device)
+    model.to(budget.device).eval()  # it comes back to the CPU
     count = trainer.fit_loop.epoch_loop.total_batch_idx + 1
     return Fitted(score, seconds, f"epochs: {count / len(loader):.2g}, batches: {count}")
 
 
-def ganomaly(pictures: Pictures, minutes: float) -> Fitted:
+def ganomaly(pictures: Pictures, budget: Budget) -> Fitted:
     """GANomaly (Akcay et al. 2018): how far the code of a picture's reconstruction is from its own."""
     from anomalib.models import Ganomaly
 
-    return fit_anomalib(Ganomaly, pictures, minutes)
+    return fit_anomalib(Ganomaly, pictures, budget)
 
 
-def draem(pictures: Pictures, minutes: float) -> Fitted:
+def draem(pictures: Pictures, budget: Budget) -> Fitted:
     """DRAEM (Zavrtanik et al. 2021), with defects of Perlin noise alone.
 
     anomalib downloads pictures of textures if their folder is missing; of an empty one it takes noise.
@@ -117,7 +127,7 @@ def draem(pictures: Pictures, minutes: float) -> Fitted:
     from anomalib.models import Draem
 
     with tempfile.TemporaryDirectory() as empty:
-        return fit_anomalib(Draem, pictures, minutes, dtd_dir=empty)
+        return fit_anomalib(Draem, pictures, budget, dtd_dir=empty)
 
 
 def patch_vectors(picture: np.ndarray, stride: int) -> np.ndarray:
@@ -125,7 +135,7 @@ def patch_vectors(picture: np.ndarray, stride: int) -> np.ndarray:
     return vectors(patches.cut(picture, patches.grid(picture.shape[1:], PATCH, stride), PATCH))
 
 
-def patch_pca(pictures: Pictures, minutes: float) -> Fitted:
+def patch_pca(pictures: Pictures, budget: Budget) -> Fitted:
     """What principal components of patches leave of a picture's: its 99% quantile."""
     pca = PCA(COMPONENTS, svd_solver="full")
     seconds, _ = timed(lambda: pca.fit(np.concatenate([patch_vectors(each, PATCH) for each in pictures])), CPU)
@@ -170,10 +180,10 @@ def patch_view(gan: TrainedGAN) -> View:
 class Method(NamedTuple):
     """A method, declared once."""
 
-    fit: Callable[[Pictures, float], Fitted]
+    fit: Callable[[Pictures, Budget], Fitted]
     view: Callable[[TrainedGAN], View]
     package: str
-    has_budget: bool = False  # whether its training ends with --minutes
+    has_budget: bool = False  # whether its training ends with --minutes, on --device; the others run on the CPU
 
 
 METHODS = {

@@ -8,10 +8,10 @@ scores.csv. Adds a row to benchmarks/results/peers.csv, of which peers.md is mad
 run again. Test labels are for the ROC-AUC, and for the proportions of --max-test. The score of the run's own verdict
 stands beside.
 
-All start from random weights and run on the CPU, with the default settings of their library. Those of GANomaly and
-DRAEM name no end: --minutes is for them. PyOD's see whole pictures, squeezed into a square of 64 pixels; anomalib's one
-of 128, a quarter of the pixels of its default. Patches are cut from pictures with a shorter side of 128. No side is
-larger than that of a GAN that sees whole pictures.
+All start from random weights, with the default settings of their library. Those of GANomaly and DRAEM name no end:
+--minutes is for them, and --device; the others run on the CPU. PyOD's see whole pictures, squeezed into a square of 64
+pixels; anomalib's one of 128, a quarter of the pixels of its default. Patches are cut from pictures with a shorter side
+of 128. No side is larger than that of a GAN that sees whole pictures.
 """
 
 import random
@@ -30,7 +30,7 @@ import util
 from anogan import files, images, loading, runs, scores
 from anogan.decoding import View
 from benchmarks import measure
-from benchmarks.peer_methods import CPU, METHODS, Pictures
+from benchmarks.peer_methods import CPU, METHODS, Budget, Pictures
 
 # A row is measured once for each of KEY. `side` is that of pictures; `minutes` is empty where a method ends by itself
 RUN = ("data", "normal_class", "training_images", "test_images", "seed")
@@ -47,6 +47,7 @@ class Config:
     methods: tuple[str, ...] = ()  # by name; by default all
     seeds: tuple[int, ...] = (0,)  # each a training of its own
     minutes: float = 10.0  # of training, for methods whose defaults name no end
+    device: str = "cpu"  # of the same methods: cpu, cuda, cuda:1, ...
     max_test: int = 1000  # at most so many test pictures, every class in its proportion
 
 
@@ -120,7 +121,7 @@ def read(image_set: images.ImageSet, view: View, skip_unreadable: bool = False) 
     return [each for some, _ in loading.image_batches(image_set, batches, view, skip_unreadable) for each in some]
 
 
-def peer_row(run: Judged, key: Row, minutes: float) -> Row:
+def peer_row(run: Judged, key: Row, budget: Budget) -> Row:
     """Train a method and score the test pictures; all are decoded before."""
     method, seed = METHODS[key["method"]], int(key["seed"])
     view = method.view(run.gan)
@@ -128,9 +129,10 @@ def peer_row(run: Judged, key: Row, minutes: float) -> Row:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    fitted = method.fit(training, minutes)
-    seconds, score = measure.timed(lambda: fitted.score(test), CPU)
-    about = measure.about(CPU)
+    device = budget.device if method.has_budget else CPU
+    fitted = method.fit(training, budget)
+    seconds, score = measure.timed(lambda: fitted.score(test), device)
+    about = measure.about(device)
     return {
         **key,
         **run.aucs(score),
@@ -138,7 +140,7 @@ def peer_row(run: Judged, key: Row, minutes: float) -> Row:
         "ms_a_picture": f"{1000 * seconds / len(test):.1f}",
         "size": fitted.size,
         "versions": f"{method.package} {metadata.version(method.package)}, torch {about['torch']}",
-        "hardware": f"{about['hardware']}, {torch.get_num_threads()} threads",
+        "hardware": about["hardware"] + (f", {torch.get_num_threads()} threads" if device == CPU else ""),
         "git_commit": str(about["git_commit"]),
     }
 
@@ -195,6 +197,7 @@ def check(config: Config) -> None:
 def main(config: Config) -> None:
     """Measure what is missing, run by run."""
     check(config)
+    budget = Budget(config.minutes, util.pick_device(config.device))
     rows = measure.read_rows(measure.RESULTS / "peers.csv")
     opened = [open_run(run_dir, config.max_test) for run_dir in config.run_dirs]
     of_ours = [our_row(run) for run in opened]  # what is missing must be said before the first training
@@ -212,7 +215,7 @@ def main(config: Config) -> None:
                     print(f"{where}: measured before")
                     continue
                 print(where, flush=True)
-                rows.append(peer_row(run, key, config.minutes))
+                rows.append(peer_row(run, key, budget))
                 write(rows)
     print(write(rows))
 

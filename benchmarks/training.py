@@ -111,9 +111,11 @@ class Turns:
 
     def captured(self, body: Callable[..., Any]) -> Callable[..., Any]:
         """The body; if it becomes a CUDA graph, then that of the first turn for all turns."""
-        if self._graph is None and (found := util.captured(body, self.device)) is not body:
-            self._graph = found
-        return self._graph or body
+        found = util.captured(body, self.device)
+        if found is body:
+            return body
+        self._graph = self._graph or found
+        return self._graph
 
     def log(self, loss_d: torch.Tensor, loss_g: torch.Tensor, **_: torch.Tensor) -> None:
         self.losses.append(torch.stack([loss_d.detach(), loss_g.detach()]))

@@ -13,8 +13,10 @@ from sklearn.metrics import roc_auc_score
 
 from anogan import images
 from benchmarks import measure, peer_methods, peers
-from benchmarks.peer_methods import METHODS, Fitted, Method, Pictures
+from benchmarks.peer_methods import CPU, METHODS, Budget, Fitted, Method, Pictures
 from util import InputError
+
+BUDGET = Budget(minutes=0, device=CPU)
 
 
 def striped(count: int, random: np.random.Generator, size: tuple[int, int] = (52, 44)) -> Pictures:
@@ -27,7 +29,7 @@ def striped(count: int, random: np.random.Generator, size: tuple[int, int] = (52
 @pytest.mark.parametrize("corner", [(20, 12), (46, 38), (0, 0)])  # in the middle, and at two corners
 def test_patch_pca_finds_a_planted_defect(corner: tuple[int, int]) -> None:
     random = np.random.default_rng(0)
-    fitted = peer_methods.patch_pca(striped(30, random), minutes=0)
+    fitted = peer_methods.patch_pca(striped(30, random), BUDGET)
     good, bad = striped(10, random), striped(10, random)
     for picture in bad:
         picture[0, corner[0] : corner[0] + 6, corner[1] : corner[1] + 6] = 255
@@ -39,7 +41,7 @@ def test_patch_pca_by_hand() -> None:
     """Of one patch the score is what its projection leaves, in units of white."""
     random = np.random.default_rng(0)
     pictures = striped(30, random, size=(16, 16))
-    fitted = peer_methods.patch_pca(pictures, minutes=0)
+    fitted = peer_methods.patch_pca(pictures, BUDGET)
     x = np.stack(pictures).reshape(30, -1) / 255
     _, _, components = np.linalg.svd(x - x.mean(0), full_matrices=False)
     test = random.integers(0, 256, (1, 16, 16), np.uint8)
@@ -106,9 +108,9 @@ def counted(monkeypatch: pytest.MonkeyPatch, **methods: Method) -> list[str]:
     trained = []
 
     def noting(name: str, method: Method) -> Method:
-        def fit(pictures: Pictures, minutes: float) -> Fitted:
-            trained.append(f"{name} {minutes:g}")
-            return method.fit(pictures, minutes)
+        def fit(pictures: Pictures, budget: Budget) -> Fitted:
+            trained.append(f"{name} {budget.minutes:g}")
+            return method.fit(pictures, budget)
 
         return method._replace(fit=fit)
 
@@ -137,7 +139,7 @@ def test_every_row_is_measured_once(digits_workdir: Path, results: Path, monkeyp
     run = peers.open_run(run_dir, 1000)
     view = pca.view(run.gan)
     training = peers.read(images.open_split("digits", "train", "0"), view)
-    score = pca.fit(training, 0).score(peers.read(run.images, view))
+    score = pca.fit(training, BUDGET).score(peers.read(run.images, view))
     for part, name in ((slice(None), "roc_auc"), (slice(1, None, 2), "roc_auc_report")):
         assert float(of_pca[name]) == pytest.approx(roc_auc_score(run.is_anomaly[part], score[part]), abs=1e-4)
 
@@ -174,7 +176,7 @@ def test_a_method_that_fails_ends_the_script(
 ) -> None:
     """With its own traceback; what was measured before stays."""
 
-    def broken(pictures: Pictures, minutes: float) -> Fitted:
+    def broken(pictures: Pictures, budget: Budget) -> Fitted:
         raise ZeroDivisionError("a fault of its own")
 
     pca = METHODS["patch_pca"]
@@ -248,7 +250,7 @@ def test_each_method(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         np.random.seed(0)
         torch.manual_seed(0)
-        fitted = METHODS[name].fit(training, 0.0)  # at least one batch
+        fitted = METHODS[name].fit(training, BUDGET)  # at least one batch
         found.append(fitted.score(test))
     assert found[0].shape == (8,) and np.isfinite(found[0]).all() and fitted.seconds > 0
     np.testing.assert_allclose(found[0], found[1], rtol=1e-3)
