@@ -73,6 +73,11 @@ def seed_of(seed: int, *place: int) -> int:
     return int(np.random.SeedSequence(seed, spawn_key=place).generate_state(1, np.uint64)[0])
 
 
+def cores() -> int:
+    """CPU cores that this process may use: in a container or under taskset fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def pick_device(name: str) -> torch.device:
     """The device of that name: auto, cuda, cuda:1, mps, cpu, ...; `auto` is the first there is of cuda, mps and cpu.
 

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import util
 from anogan import decoding, processes
 from anogan.decoding import View
 from anogan.images import ImageSet
@@ -216,7 +217,7 @@ def _in_workers(function: Callable[[range], Any], batches: Sequence[range]) -> I
 
     Arrays come through pipes: tensors would take /dev/shm, of which a container may have next to nothing.
     """
-    workers = max(0, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(batches) - 1))
+    workers = max(0, min(8, util.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(batches) - 1))
     ahead = 1 if len(batches) > 0 and len(batches[0]) == 1 else 2  # for each worker: single pictures may be large
     yield from DataLoader(
         _Rows(function),

@@ -267,13 +267,14 @@ def quiet() -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def drawn_on_the_cpu() -> Iterator[None]:
-    """Inside, torch.randn draws on the CPU, and moves what it drew: each kind of device draws other numbers."""
+    """Inside, torch.randn draws on the CPU, and moves what it drew: each kind of device draws other numbers. A CUDA
+    graph would not draw again, so that there are none."""
     draw = torch.randn
 
     def randn(*size: int, device: torch.device | None = None, **options: Any) -> torch.Tensor:
         return draw(*size, **options).to(device)
 
-    with patch.object(torch, "randn", randn):
+    with patch.object(torch, "randn", randn), measure.without_graphs():
         yield
 
 
@@ -399,7 +400,7 @@ def time_search(
 
 def graph_kinds(device: torch.device) -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
     """By what is added to a row's name: what makes a search run with a CUDA graph, and without."""
-    kinds = {"": partial(patch.object, util, "captured", lambda step, device: step)}
+    kinds = {"": measure.without_graphs}
     return kinds | {", graph": contextlib.nullcontext} if device.type == "cuda" else kinds
 
 
@@ -433,7 +434,7 @@ def within(inside: Callable[[], contextlib.AbstractContextManager], work: Callab
 def compare_graphs(findings: Findings, search: Callable[..., tuple[torch.Tensor, ...]], precision: str) -> None:
     """The latents that a search finds with a CUDA graph and without."""
     for steps, limit in ((10, 1e-3), (fit_latent.Config.steps, 0.015)):
-        with patch.object(util, "captured", lambda step, device: step):
+        with measure.without_graphs():
             plain = search(steps=steps)
         graph = search(steps=steps)
         what = f"a search of {steps} steps in {precision} with a CUDA graph against one without"

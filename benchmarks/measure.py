@@ -1,8 +1,8 @@
 """What the benchmarks share: seconds, FLOP, the machine's peak, the end of a search, what a run folder says, and the
 half of its test pictures that figures are of."""
 
+import contextlib
 import csv
-import os
 import platform
 import statistics
 import time
@@ -91,10 +91,15 @@ def print_turns(table: dict[str, dict]) -> None:
         )
 
 
+def without_graphs() -> contextlib.AbstractContextManager:
+    """Inside, no step becomes a CUDA graph."""
+    return patch.object(util, "captured", lambda step, device: step)
+
+
 def count_flop(work: Callable[[], object]) -> int:
     """Floating-point operations of the convolutions and matrix products in a piece of work."""
-    with FlopCounterMode(display=False) as counter, patch.object(util, "captured", lambda step, device: step):
-        work()  # without CUDA graphs, whose operations do not pass through PyTorch
+    with FlopCounterMode(display=False) as counter, without_graphs():
+        work()  # the operations of a graph do not pass through PyTorch
     return counter.get_total_flops()
 
 
@@ -219,7 +224,7 @@ def about(device: torch.device) -> dict[str, str | None]:
         lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
         names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
         name = names[0] if names else platform.processor() or platform.machine()
-        hardware = f"{os.cpu_count()} cores, {name}, {torch.backends.cpu.get_cpu_capability()}"
+        hardware = f"{util.cores()} cores, {name}, {torch.backends.cpu.get_cpu_capability()}"
     return {"hardware": hardware, "torch": torch.__version__, "git_commit": runs.git_commit()}
 
 
