@@ -83,6 +83,7 @@ def train(
     optimizer_g, optimizer_d = optimizers
     unwrapped = getattr(discriminator, "module", discriminator)  # for G's steps, where D has no gradients to average
 
+    @loop.captured
     def play(real: torch.Tensor) -> dict[str, torch.Tensor]:
         """A step of D and the steps of G on one batch; its losses, and the means of D(x) and D(G(z))."""
         draw_z = partial(torch.randn, len(real), latent_dim, device=real.device)  # z ~ N(0, I), (B, latent_dim)
@@ -109,7 +110,6 @@ def train(
         p_real, p_fake = real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()
         return {"loss_d": loss_d, "loss_g": loss_g, "p_real": p_real, "p_fake": p_fake}
 
-    play = loop.captured(play)
     for real in loop:
         loop.log(**play(real))
 

@@ -74,7 +74,8 @@ def seed_of(seed: int, *place: int) -> int:
 
 
 def cores() -> int:
-    """CPU cores that this process may use: in a container or under taskset fewer than the machine has."""
+    """CPU cores that this process may use: under taskset, or in a container with a cpuset, fewer than the machine has.
+    A container's quota does not count."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -141,9 +142,9 @@ def captured(step: Callable[..., Result], device: torch.device) -> Callable[...,
     Small batches keep a GPU busy for less time than Python needs to launch their kernels. A graph knows addresses and
     nothing else. So the step's arguments, tensors of the same shapes at each call, are copied to where the graph finds
     them, and whatever else differs from call to call must lie in tensors that stay. What a call returns is overwritten
-    by the next one. On other devices it is the step itself.
+    by the next one. On other devices it is the step itself, and with torchrun, where a graph was not tried.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or (distributed.is_available() and distributed.is_initialized()):
         return step
     stream, graph, number = torch.cuda.Stream(device), torch.cuda.CUDAGraph(), count(1)
     places: list[torch.Tensor] = []
@@ -156,7 +157,7 @@ def captured(step: Callable[..., Result], device: torch.device) -> Callable[...,
         for place, argument in zip(places, arguments, strict=True):
             place.copy_(argument)
         call_number = next(number)
-        if call_number <= 3:  # as they are: libraries and optimizers make their own things now, which a graph may not
+        if call_number <= 3:  # as they are: libraries and optimizers allocate on their first calls, which no graph may
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 result = step(*places)

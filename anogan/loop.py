@@ -112,9 +112,6 @@ class Loop:
             f"device: {util.in_words(training.device, settings['precision'])}   processes: {settings['processes']}"
         )
         processes.check_agreement(training_so_far=(settings, self._go_on()))
-        for part in self._parts.values():
-            if isinstance(part, Adam):
-                keep_step_size(part, training.device)
         self._saved, self._saved_at = self._step, time.monotonic()
         self._asked, self._asked_at, self._next_question = self._step, time.monotonic(), self._step + 1
         self._writer = None
@@ -133,6 +130,9 @@ class Loop:
             _check_same_settings(path, state["config"], self._training.settings)
             for name, part in self._parts.items():
                 part.load_state_dict(state[name])
+                if isinstance(part, Adam):  # where it was saved a CUDA graph may have had its step size
+                    for group in part.param_groups:
+                        group.update(lr=float(group["lr"]), capturable=False)
         print(f"{path} holds {self._step} steps ({self._epoch:.4g} epochs): ", end="")
         finished = self._step >= self._steps
         print("nothing left to train; --fresh starts over" if finished else f"going on to {self._steps}")
@@ -189,12 +189,17 @@ class Loop:
         print(f"wrote {training.path.parent}/: {training.path.name} {written} run.json")
 
     def captured(self, body: Callable[..., util.Result]) -> Callable[..., util.Result]:
-        """The body as a CUDA graph, see `util.captured`, where one process trains on a GPU; elsewhere the body itself,
-        since DistributedDataParallel waits for the other processes in it."""
-        return util.captured(body, self._training.device) if processes.count() == 1 else body
+        """The body as `util.captured` leaves it: on a GPU a CUDA graph, of which the optimizers are part."""
+        found = util.captured(body, self._training.device)
+        if found is not body:
+            for part in self._parts.values():
+                if isinstance(part, Adam):
+                    make_capturable(part, self._training.device)
+        return found
 
     def log(self, **values: torch.Tensor) -> None:
-        """Keep what a step measured, a number for each column of `curves`. Nothing here waits for a GPU."""
+        """Keep what a step measured, a number for each column of `curves`: copies, since a captured step writes to the
+        same places again. Nothing here waits for a GPU."""
         self._recent.append(torch.stack([values[name].detach() for name in self._labels]))
 
     @property
@@ -205,7 +210,7 @@ class Loop:
         """What follows the body: step sizes, the bar, samples at an epoch's end, a checkpoint if one is due."""
         for part in self._parts.values():
             if isinstance(part, CosineAnnealingWarmRestarts):
-                part.step(self._epoch)
+                change_step_size(part, self._epoch)
         self._step += 1
         is_over, is_last = self._step % self._steps_per_epoch == 0, self._step == self._steps
         must_stop, must_save = self._agree()
@@ -434,13 +439,20 @@ def prepare(network: nn.Module, config: TrainingConfig, device: torch.device) ->
     return Adam(network.parameters(), lr=config.lr, betas=(0.5, 0.999), weight_decay=config.weight_decay, fused=True)
 
 
-def keep_step_size(optimizer: Adam, device: torch.device) -> None:
-    """Put an optimizer's step size where its device needs it, also after a checkpoint of another device was read: on a
-    GPU in a tensor, which a CUDA graph reads anew at each step, elsewhere in a float."""
-    on_gpu = device.type == "cuda"
+def make_capturable(optimizer: Adam, device: torch.device) -> None:
+    """Let a CUDA graph hold an optimizer's steps: their size lies in a tensor, which the graph reads anew each time."""
     for group in optimizer.param_groups:
-        lr = float(group["lr"])
-        group |= {"lr": torch.tensor(lr, device=device) if on_gpu else lr, "capturable": on_gpu}
+        group.update(lr=torch.tensor(float(group["lr"]), device=device), capturable=True)
+
+
+def change_step_size(scheduler: CosineAnnealingWarmRestarts, epoch: float) -> None:
+    """Give a scheduler's optimizer the step size of an epoch, in the same tensor if it lies in one."""
+    groups = scheduler.optimizer.param_groups
+    places = [group["lr"] for group in groups]
+    scheduler.step(epoch)
+    for group, place in zip(groups, places, strict=True):
+        if isinstance(place, torch.Tensor) and group["lr"] is not place:  # PyTorch 2.6 has put a float there
+            group["lr"] = place.fill_(group["lr"])
 
 
 def real_batches(

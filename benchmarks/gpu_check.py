@@ -94,7 +94,7 @@ QUICK = Sizes(
     timed_width=4,
     search_batches=(2,),
     training_batches=(4,),
-    training_steps=1,
+    training_steps=4,  # a graph is made at the fourth
     candidates=20,
     timed_steps=5,
     repeats=1,
@@ -268,7 +268,7 @@ def quiet() -> contextlib.AbstractContextManager:
 @contextlib.contextmanager
 def drawn_on_the_cpu() -> Iterator[None]:
     """Inside, torch.randn draws on the CPU, and moves what it drew: each kind of device draws other numbers. A CUDA
-    graph would not draw again, so that there are none."""
+    graph would not draw again, so there are none."""
     draw = torch.randn
 
     def randn(*size: int, device: torch.device | None = None, **options: Any) -> torch.Tensor:
@@ -399,7 +399,7 @@ def time_search(
 
 
 def graph_kinds(device: torch.device) -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
-    """By what is added to a row's name: what makes a search run with a CUDA graph, and without."""
+    """By what is added to a row's name: what makes a search or a training run with a CUDA graph, and without."""
     kinds = {"": measure.without_graphs}
     return kinds | {", graph": contextlib.nullcontext} if device.type == "cuda" else kinds
 
@@ -445,7 +445,7 @@ def compare_graphs(findings: Findings, search: Callable[..., tuple[torch.Tensor,
             )
         else:
             scores = [util.anomaly_score(*found[1:], 0.1) for found in (graph, plain)]
-            difference = ((scores[0] - scores[1]).abs() / scores[1]).median().item()
+            difference = ((scores[0] - scores[1]).abs() / scores[1]).max().item()
             findings.check(f"{what}, A(x)", difference, limit, "the change of another seed of the candidates")
 
 
@@ -490,8 +490,6 @@ def time_training(
             kinds += [(precisions[0], *kind) for kind in cudnn_kinds(", graph").items()]
         for precision, kind, inside in kinds:
             work = partial(within, inside, training.our_training(seen, precision, config, device)[0])
-            if kind:
-                work()  # the first turn notes the graph
             turns[f"ours, {precision}{kind}"] = (work, image_steps, precision)
         table = measure.take_turns(turns, sizes.repeats, device)
         for row in table.values():

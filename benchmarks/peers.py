@@ -32,9 +32,10 @@ from anogan.decoding import View
 from benchmarks import measure
 from benchmarks.peer_methods import CPU, METHODS, Budget, Pictures
 
-# A row is measured once for each of KEY. `side` is that of pictures; `minutes` is empty where a method ends by itself
+# A row is measured once for each of KEY. `side` is that of pictures. `minutes` and `device` are empty where a method
+# ends by itself
 RUN = ("data", "normal_class", "training_images", "test_images", "seed")
-KEY = (*RUN[:4], "method", "side", "seed", "minutes")
+KEY = (*RUN[:4], "method", "side", "seed", "minutes", "device")
 FIGURES = ("roc_auc", "roc_auc_report", "training_seconds", "ms_a_picture", "size")
 COLUMNS = (*KEY, *FIGURES, "versions", "hardware", "git_commit")
 
@@ -60,11 +61,12 @@ class Judged(NamedTuple):
     is_anomaly: np.ndarray  # (N,) bool
     in_report: np.ndarray  # (N,) bool, see `measure.report_half`
 
-    def key(self, method: str, seed: int, side: str = "", minutes: str = "") -> Row:
+    def key(self, method: str, seed: int, side: str = "", budget: Budget | None = None) -> Row:
         """What a row is measured once for."""
         data = Path(self.gan.dataset).name  # where a folder stood says nothing about the figures
         about = data, self.gan.normal_class, self.gan.training_images, self.images.checksum()
-        return dict(zip(KEY, (*about, method, side, str(seed), minutes), strict=True))
+        spent = ("", "") if budget is None else (f"{budget.minutes:g}", budget.device.type)
+        return dict(zip(KEY, (*about, method, side, str(seed), *spent), strict=True))
 
     def aucs(self, score: np.ndarray) -> Row:
         """ROC-AUC of a score (N,), of all pictures and of the report half."""
@@ -189,6 +191,8 @@ def check(config: Config) -> None:
         util.check_seed(seed, "--seeds")
     util.check_at_least(config, 0.01, "minutes")
     util.check_at_least(config, 4, "max_test")
+    if util.pick_device(config.device).type not in ("cpu", "cuda"):
+        raise util.InputError(f"--device must be cpu or cuda, not {config.device}")
     installed = {each.name.lower() for each in metadata.distributions()}
     if missing := {METHODS[name].package for name in config.methods or METHODS} - installed:
         raise util.InputError(f"{min(missing)} is not installed here: use make peers, or .venv-peers/bin/python")
@@ -208,8 +212,8 @@ def main(config: Config) -> None:
         for seed in config.seeds:
             for name in config.methods or METHODS:
                 view = METHODS[name].view(run.gan)
-                minutes = f"{config.minutes:g}" if METHODS[name].has_budget else ""
-                key = run.key(name, seed, str(view.picture_size or view.size), minutes)
+                side = str(view.picture_size or view.size)
+                key = run.key(name, seed, side, budget if METHODS[name].has_budget else None)
                 where = f"{run.gan.run_dir}, {name}, seed {seed}"
                 if any(all(row[each] == value for each, value in key.items()) for row in rows):
                     print(f"{where}: measured before")

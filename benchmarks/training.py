@@ -128,8 +128,9 @@ def our_training(
     ours = train_gan.Config(batch_size=config.batch_size, generator_steps=3)
     generator, discriminator = networks(config, device)
     optimizers = loop.prepare(generator, ours, device), loop.prepare(discriminator, ours, device)
-    for optimizer in optimizers:
-        loop.keep_step_size(optimizer, device)
+    if device.type == "cuda":
+        for optimizer in optimizers:
+            loop.make_capturable(optimizer, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     batches = (images.to_model(batch, device) for batch in loop.real_batches(seen, config.batch_size, config.seed))
     batches = (x.contiguous(memory_format=torch.channels_last) for x in batches)

@@ -1,7 +1,7 @@
 """What the tests share: running a script as a person does, in a process or in this one, and a tiny trained run."""
 
+import contextlib
 import csv
-import itertools
 import multiprocessing
 import os
 import resource
@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,6 +173,7 @@ class Replay(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple] = []
+        self.replays = 0
 
     def __torch_dispatch__(
         self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
@@ -181,7 +183,10 @@ class Replay(TorchDispatchMode):
         return found
 
     @torch.no_grad()
-    def run(self) -> None:
+    def replay(self) -> None:
+        self.replays += 1
+        if self.replays == 1:  # on a CPU what is noted is done as well
+            return
         for function, args, kwargs, before in self.calls:
             found = function(*args, **kwargs)
             for old, new in zip(tree_leaves(before), tree_leaves(found), strict=True):
@@ -190,35 +195,25 @@ class Replay(TorchDispatchMode):
 
 
 @pytest.fixture
-def replayed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[int]]:
-    """Once called, steps are captured on a CPU as `util.captured` does it on a GPU; the list that it returns gets the
-    number of operations of each captured step."""
+def replayed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Replay]]:
+    """Once called, `util.captured` does on a CPU what it does on a GPU, with a `Replay` for each CUDA graph, in the
+    list that it returns."""
 
-    def start() -> list[int]:
-        lengths: list[int] = []
+    def start() -> list[Replay]:
+        graphs: list[Replay] = []
 
-        def captured(step: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-            replay, number, places, result = Replay(), itertools.count(1), [], None
+        def graph() -> Replay:
+            graphs.append(Replay())
+            return graphs[-1]
 
-            def call(*arguments: torch.Tensor) -> Any:
-                nonlocal result
-                places.extend(torch.empty_like(argument) for argument in arguments[len(places) :])
-                for place, argument in zip(places, arguments, strict=True):
-                    place.copy_(argument)
-                if (call_number := next(number)) <= 3:
-                    return step(*places)
-                if call_number == 4:  # noted, and done
-                    with replay:
-                        result = step(*places)
-                    lengths.append(len(replay.calls))
-                else:
-                    replay.run()
-                return result
-
-            return call
-
-        monkeypatch.setattr(util, "captured", captured)
-        return lengths
+        stream, original = SimpleNamespace(wait_stream=lambda other: None), util.captured
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graph)
+        monkeypatch.setattr(util, "captured", lambda step, device: original(step, torch.device("cuda")))
+        return graphs
 
     return start
 

@@ -127,7 +127,10 @@ def test_every_row_is_measured_once(digits_workdir: Path, results: Path, monkeyp
     assert trained == ["patch_pca 2", "slow 2"]
     ours, of_pca, slow = measure.read_rows(results / "peers.csv")
     assert (ours["method"], of_pca["method"]) == ("ours: anomaly_score", "patch_pca")
-    assert (of_pca["minutes"], slow["minutes"]) == ("", "2")  # in the key of those alone that have them
+    assert [(row["minutes"], row["device"]) for row in (of_pca, slow)] == [
+        ("", ""),
+        ("2", "cpu"),
+    ]  # in the key of those alone that have them
     assert (ours["side"], of_pca["side"]) == ("", "32")
     assert of_pca["roc_auc"] == slow["roc_auc"] and of_pca["size"].startswith("components: ")
 
@@ -198,8 +201,8 @@ def test_markdown_by_hand() -> None:
     rows = [
         {**about, "method": "knn", "seed": "0", **figures},
         {**about, "method": "knn", "seed": "1", **figures, "roc_auc": "0.7", "training_seconds": "2000"},
-        {**about, "method": "draem", "seed": "0", "minutes": "10", **figures, "size": "epochs: 2"},
-        {**about, "method": "draem", "seed": "0", "minutes": "20", **figures, "size": "epochs: 4"},
+        {**about, "method": "draem", "seed": "0", "minutes": "10", "device": "cpu", **figures, "size": "epochs: 2"},
+        {**about, "method": "draem", "seed": "0", "minutes": "20", "device": "cpu", **figures, "size": "epochs: 4"},
         {**about, "method": "ours: peak", "seed": "0", "roc_auc": "1", "roc_auc_report": "1"},
     ]
     table = peers.to_markdown(rows).splitlines()[2:6]
@@ -218,6 +221,7 @@ def test_wrong_input(trained: Path, fails: Callable[..., str], results: Path, mo
     run = str(trained)
     assert "name one or more evaluated run folders" in message()
     assert "unknown method 'knn': choose --methods from pyod_anogan" in message(run, "--methods", "knn")
+    assert "--device must be cpu or cuda, not meta" in message(run, "--device", "meta")
     assert "--minutes must be at least 0.01" in message(run, "--minutes", "0")
     assert "--seeds must lie between" in message(run, "--seeds", "-1")
     flags = [run, "--methods", "patch_pca"]

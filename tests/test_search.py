@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from conftest import Replay
 
 import fit_latent
 import util
@@ -248,7 +249,7 @@ def test_a_replayed_step_is_the_step(
     tiny_networks: Networks,
     images: torch.Tensor,
     start: torch.Tensor,
-    replayed: Callable[[], list[int]],
+    replayed: Callable[[], list[Replay]],
     precision: str,
     discrimination: str,
 ) -> None:
@@ -256,9 +257,10 @@ def test_a_replayed_step_is_the_step(
     networks, x, z = tuple(network.float() for network in tiny_networks), to_model(images), start.float()
     config = Config(steps=30, precision=precision, discrimination=discrimination)
     expected = fit_latent.search(networks, x, z, config)
-    replays = replayed()
+    graphs = replayed()
     found = fit_latent.search(networks, x, z, config)
-    assert len(replays) == 1 and replays[0] > 50
+    (graph,) = graphs
+    assert len(graph.calls) > 50 and graph.replays == config.steps - 3
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     assert not torch.equal(found[0], z)
 

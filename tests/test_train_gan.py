@@ -5,18 +5,21 @@ import csv
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partialmethod
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, Batches
+from conftest import TINY, Batches, Replay
 from PIL import Image
 from test_util import folder
 from torch import nn
 from torch.nn.functional import logsigmoid
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
 import fit_latent
 import train_gan
@@ -95,34 +98,90 @@ def test_training_step_is_the_plain_step(float64: None) -> None:
         assert all(weight.requires_grad for weight in network.parameters())
 
 
+class Scheduled(Batches):
+    """Batches whose step size changes from one to the next, as a Loop does it."""
+
+    def __init__(self, batches: list[torch.Tensor], optimizers: list[torch.optim.Adam], precision: str) -> None:
+        super().__init__(batches)
+        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+        self.schedulers = [CosineAnnealingWarmRestarts(each, T_0=15, T_mult=2) for each in optimizers]
+        self.optimizers = optimizers
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for step, batch in enumerate(self.batches):
+            yield batch
+            for scheduler in self.schedulers:
+                loop.change_step_size(scheduler, step)
+
+    def captured(self, body: Callable) -> Callable:
+        for optimizer in self.optimizers:
+            loop.make_capturable(optimizer, torch.device("cpu"))
+        return super().captured(body)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_replayed_step_is_the_step(replayed: Callable[[], list[int]], precision: str) -> None:
+def test_a_replayed_step_is_the_step(replayed: Callable[[], list[Replay]], precision: str) -> None:
     """A CUDA graph knows tensors alone: a training whose steps from the fourth on are replays must end the same."""
     config = train_gan.Config(latent_dim=8, batch_size=8, lr=1e-3)
     batches = [torch.rand(8, 3, 32, 32) * 2 - 1 for _ in range(8)]
     ended = []
     for turn in range(2):
-        lengths = replayed() if turn == 1 else []
+        graphs = replayed() if turn == 1 else []
         torch.manual_seed(0)
         networks = Generator(32, 3, 8, 4).apply(initialise_weights), Discriminator(32, 3, 4).apply(initialise_weights)
         optimizers = [loop.prepare(network, config, torch.device("cpu")) for network in networks]
-        steps = Batches(batches)
-        steps.autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+        steps = Scheduled(batches, optimizers, precision)
         train_gan.train(steps, *networks, optimizers, config.latent_dim, generator_steps=3)
         ended.append((steps.rows, [value for network in networks for value in network.state_dict().values()]))
-    assert len(lengths) == 1 and lengths[0] > 100
+    (graph,) = graphs
+    assert len(graph.calls) > 100 and graph.replays == 5
     assert ended[0][0] == ended[1][0]
     assert all(torch.equal(one, other) for one, other in zip(ended[0][1], ended[1][1], strict=True))
 
 
-def test_a_step_size_from_another_device() -> None:
-    """A GPU keeps it in a tensor, which would be read at each step of a CPU; a CPU in a float, which a graph keeps."""
-    network = nn.Linear(2, 2)
-    optimizer = loop.prepare(network, train_gan.Config(lr=0.25), torch.device("cpu"))
-    optimizer.param_groups[0] |= {"lr": torch.tensor(0.25), "capturable": True}
-    loop.keep_step_size(optimizer, torch.device("cpu"))
-    group = optimizer.param_groups[0]
-    assert type(group["lr"]) is float and group["lr"] == 0.25 and group["capturable"] is False
+def test_a_step_size_stays_in_its_tensor() -> None:
+    """PyTorch 2.6 puts a float in its place, which a CUDA graph would not see."""
+    optimizer = loop.prepare(nn.Linear(2, 2), train_gan.Config(lr=0.25), torch.device("cpu"))
+    scheduler = CosineAnnealingWarmRestarts(optimizer, T_0=15, T_mult=2)
+    loop.make_capturable(optimizer, torch.device("cpu"))
+    (group,) = optimizer.param_groups
+    place = group["lr"]
+    loop.change_step_size(scheduler, 7.5)
+    assert group["lr"] is place and place.item() == pytest.approx(0.125) and group["capturable"]
+
+
+def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu(tmp_path: Path) -> None:
+    """There a CUDA graph has the step size in a tensor, and the optimizer is capturable."""
+    run_dir = tmp_path / "run"
+    sizes = {"ngf": 4, "ndf": 4, "latent_dim": 8, "batch_size": 16, "device": "cpu"}
+    config = train_gan.Config("digits", **sizes, epochs=2, run_dir=run_dir)
+    train_gan.main(config)
+    state = torch.load(run_dir / "gan.pt", weights_only=True)
+    for name in ("optimizer_g", "optimizer_d"):
+        for group in state[name]["param_groups"]:
+            group.update(lr=torch.tensor(group["lr"]), capturable=True)
+    torch.save(state, run_dir / "gan.pt")
+    train_gan.main(replace(config, epochs=3))
+    state = torch.load(run_dir / "gan.pt", weights_only=True)
+    groups = [group for name in ("optimizer_g", "optimizer_d") for group in state[name]["param_groups"]]
+    assert state["epoch"] == 3 and all(type(group["lr"]) is float and not group["capturable"] for group in groups)
+
+
+def test_a_loss_that_is_written_over_is_kept() -> None:
+    """A captured step writes each loss to the place of the one before."""
+    of_a_loop, loss = SimpleNamespace(_labels={"loss": "loss"}, _recent=[]), torch.tensor(1.0)
+    loop.Loop.log(of_a_loop, loss=loss)
+    loss.fill_(2.0)
+    loop.Loop.log(of_a_loop, loss=loss)
+    assert [row.item() for row in of_a_loop._recent] == [1.0, 2.0]
+
+
+def test_no_graph_with_torchrun(replayed: Callable[[], list[Replay]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes would wait for each other in it; it was never tried."""
+    replayed()
+    assert util.captured(print, torch.device("cpu")) is not print
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert util.captured(print, torch.device("cpu")) is print
 
 
 def test_stored_statistics_are_of_real_images_alone() -> None:

@@ -37,6 +37,15 @@ def load_one(path: Path, channels: int = 3, size: int = 32) -> np.ndarray:
     return load_images(image_set, View(size, channels))[0][0].numpy()
 
 
+def test_cores_are_those_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under taskset each script would start eight decoders for one core."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 7}, raising=False)
+    assert util.cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert util.cores() == 16
+
+
 # ---- images in
 
 
