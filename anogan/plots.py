@@ -355,6 +355,6 @@ def difference_maps(test: ScoredSplit, verdict: Verdict) -> Path:
     title = f"{shown(test.gan.run_dir.name)}, test split\nscore and p of {test.declared[verdict.score].label}\n{red}"
     if len(all_anomalous) > len(anomalous):
         title += f"; the first {len(anomalous)} of {len(all_anomalous)} anomalous classes"
-    headers = ["real", *(["generated"] if test.latents is not None else []), test.map.name.replace("_", " "), "marked"]
+    headers = ["real", *(["generated"] if test.latents is not None else []), test.map.label, "marked"]
     panels_of_images(path, panels, headers, captions, title)
     return path

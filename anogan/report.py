@@ -72,7 +72,7 @@ def write(path: Path, page: Page, strips: Iterator[bytes]) -> None:
         for i, picture in zip(split.ranked(verdict.score), chain(pictures, repeat(None)), strict=False)
     ]
     panels = ["real"] if split.latents is None else ["real", "generated"]
-    panels += [] if split.map is None else [split.map.name.replace("_", " "), "marked"]
+    panels += [] if split.map is None else [split.map.label, "marked"]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     text = environment.get_template("report.template.html").render(
         title=page.title,

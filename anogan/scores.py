@@ -68,6 +68,11 @@ class HeatMap:
     function: Callable[[Any, torch.Tensor, torch.Tensor | None], torch.Tensor]
     unit: Callable[[bool], tuple[float, str]]  # how many of which units a heat of 1 is, given if images are normalised
 
+    @property
+    def label(self) -> str:
+        """The name as it stands above pictures."""
+        return self.name.replace("_", " ")
+
 
 @dataclass(frozen=True)
 class Score:

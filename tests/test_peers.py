@@ -127,10 +127,8 @@ def test_every_row_is_measured_once(digits_workdir: Path, results: Path, monkeyp
     assert trained == ["patch_pca 2", "slow 2"]
     ours, of_pca, slow = measure.read_rows(results / "peers.csv")
     assert (ours["method"], of_pca["method"]) == ("ours: anomaly_score", "patch_pca")
-    assert [(row["minutes"], row["device"]) for row in (of_pca, slow)] == [
-        ("", ""),
-        ("2", "cpu"),
-    ]  # in the key of those alone that have them
+    # in the key of those alone that have them
+    assert [(row["minutes"], row["device"]) for row in (of_pca, slow)] == [("", ""), ("2", "cpu")]
     assert (ours["side"], of_pca["side"]) == ("", "32")
     assert of_pca["roc_auc"] == slow["roc_auc"] and of_pca["size"].startswith("components: ")
 
