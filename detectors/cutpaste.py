@@ -91,13 +91,13 @@ def uniform(count: int, low: float, high: float, device: torch.device) -> torch.
     return low + (high - low) * torch.rand(count, 1, 1, device=device)
 
 
-def pasted(x: torch.Tensor, strange: torch.Tensor, is_scar: bool, fade: float) -> torch.Tensor:
+def pasted(x: torch.Tensor, other: torch.Tensor, is_scar: bool, fade: float) -> torch.Tensor:
     """Images (N, C, H, H) in [-1, 1], each with a piece in a random place: the same shape.
 
-    Half of the pieces are of the image itself, from another place, a quarter of the next image, and a quarter of its
-    `strange` one, of (N, C, H, H). A piece has 2% to 15% of the image's area; a scar is 3% to 12% of its side wide and
-    15% to 50% long, and turned. Both are up to 0.6 of the image's standard deviations brighter or darker, with up to
-    30% more or less contrast. At their edge they go from 90% to 10% within `fade` pixels.
+    Half of the pieces are of the image itself, from another place, the rest of its `other` one, of (N, C, H, H). A
+    piece has 2% to 15% of the image's area; a scar is 3% to 12% of its side wide and 15% to 50% long, and turned. Both
+    are up to 0.6 of the image's standard deviations brighter or darker, with up to 30% more or less contrast. At their
+    edge they go from 90% to 10% within `fade` pixels.
     """
     count, side, device = len(x), x.shape[-1], x.device
     if is_scar:
@@ -115,8 +115,8 @@ def pasted(x: torch.Tensor, strange: torch.Tensor, is_scar: bool, fade: float) -
     # sigmoid(±2.2) is 90% and 10%
     share = (inwards > 0).float() if fade == 0 else (4.4 / fade * inwards).sigmoid()
     share = share.prod(0)[:, None]  # of the piece: (N, 1, H, H)
-    chance = torch.rand(count, 1, 1, 1, device=device)
-    source = torch.where(chance < 0.5, x, torch.where(chance < 0.75, x.roll(1, 0), strange))
+    is_other = torch.rand(count, 1, 1, 1, device=device) < 0.5
+    source = torch.where(is_other, other, x)
     taken_at = [across + uniform(count, -0.8, 0.8, device), along + uniform(count, -0.8, 0.8, device)]
     piece = grid_sample(source, torch.stack(taken_at, -1), padding_mode="reflection", align_corners=True)
     mean, deviation = piece.mean((1, 2, 3), keepdim=True), x.std((1, 2, 3), keepdim=True)
@@ -125,12 +125,22 @@ def pasted(x: torch.Tensor, strange: torch.Tensor, is_scar: bool, fade: float) -
     return x.lerp(piece.clamp(-1, 1), share)
 
 
+@torch.no_grad()
+def others(x: torch.Tensor, gan: runs.TrainedGAN, fade: float) -> torch.Tensor:
+    """What pieces for images (N, C, H, H) are taken from, beside the images: strange ones that G draws, (N, C, H, H).
+
+    What an early G draws is rough, and would give a piece with soft edges away: with a `fade` it is the next image.
+    """
+    if fade > 0:
+        return x.roll(1, 0)
+    return gan.generator(FAR * torch.randn(len(x), gan.latent_dim, device=x.device)).to(x.dtype)
+
+
 def train(loop: Loop, cutpaste: nn.Module, optimizer: Adam, gan: runs.TrainedGAN, fade: float) -> None:
     """Steps on batches (B, C, H, H) in [-1, 1], each image in three versions: as it is, with a piece, with a scar."""
     for x in loop:
-        with torch.no_grad(), loop.autocast:
-            strange = gan.generator(FAR * torch.randn(2 * len(x), gan.latent_dim, device=x.device)).to(x.dtype)
-        piece, scar = strange.chunk(2)  # each (B, C, H, H)
+        with loop.autocast:
+            piece, scar = (others(x, gan, fade) for _ in range(2))
         versions = torch.cat([x, pasted(x, piece, is_scar=False, fade=fade), pasted(x, scar, is_scar=True, fade=fade)])
         version = torch.arange(VERSIONS, device=x.device).repeat_interleave(len(x))  # (3 B,)
         with loop.autocast:
