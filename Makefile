@@ -52,7 +52,7 @@ washers washers-grey: $(VENV)/installed
 	$(BIN)/python fit_latent.py --run-dir outputs/$@-good --steps 50 --images data/$@/new
 	$(BIN)/python evaluate.py --run-dir outputs/$@-good --images data/$@/new
 
-# CutPaste takes strange pieces from the GAN, PCA nothing: a small one, and one epoch, are enough
+# The GAN is not used for the scores of CutPaste and PCA: a small one, and one epoch, are enough
 magnetic-tile: $(VENV)/installed
 	test -d data/magnetic_tile || $(BIN)/python -m examples.magnetic_tile --archive $(REAL)/magnetic_tile.tar.xz
 	$(BIN)/python train_gan.py --dataset data/magnetic_tile --normal-class good --run-dir outputs/magnetic-tile-good \

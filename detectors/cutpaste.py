@@ -5,8 +5,7 @@
     torchrun --standalone --nproc-per-node=8 -m detectors.cutpaste   # on eight GPUs
 
 What is added, torn or moved breaks the order of a normal surface, and so does a piece of it in another place (Li et
-al. 2021), or one that G draws from a z far out. From gan.pt it takes the data set, the normal class, the sizes and G,
-for which one epoch is enough; nothing needs to be searched.
+al. 2021). From gan.pt it takes the data set, the normal class and the sizes, no weights; nothing needs to be searched.
 Writes cutpaste.pt, cutpaste-losses.csv and .png to the run folder, and adds to its run.json. Stop it at any time: the
 same command continues from the last cutpaste.pt. evaluate.py then has the scores `pasted`, `cutpaste` and
 `cutpaste_peak`, and a heat map; `cutpaste` is part of `combined`. Next: python evaluate.py
@@ -35,7 +34,6 @@ from network import channel_multipliers, downward_ladder, initialise_weights, ru
 COMMAND = "python -m detectors.cutpaste"
 CURVES = {"Cross-entropy with the version": {"loss": "loss"}, "Share of versions told right": {"accuracy": "accuracy"}}
 SAME = (*runs.SAME_IMAGES, "ndf")  # what a checkpoint must share with the GAN
-FAR = 2.0  # times as far from 0 as in the GAN's training lie the z from which G draws pieces
 VERSIONS = 3  # of a picture: as it is, with a piece, with a scar
 MEMORY = 2000  # training images or patches at most that the scores compare with
 SHRINKAGE = 0.03  # of their features' covariance, at least
@@ -91,13 +89,12 @@ def uniform(count: int, low: float, high: float, device: torch.device) -> torch.
     return low + (high - low) * torch.rand(count, 1, 1, device=device)
 
 
-def pasted(x: torch.Tensor, other: torch.Tensor, is_scar: bool, fade: float) -> torch.Tensor:
-    """Images (N, C, H, H) in [-1, 1], each with a piece in a random place: the same shape.
+def pasted(x: torch.Tensor, is_scar: bool, fade: float) -> torch.Tensor:
+    """Images (N, C, H, H) in [-1, 1], each with a piece of itself or of the next one in another place, at random.
 
-    Half of the pieces are of the image itself, from another place, the rest of its `other` one, of (N, C, H, H). A
-    piece has 2% to 15% of the image's area; a scar is 3% to 12% of its side wide and 15% to 50% long, and turned. Both
-    are up to 0.6 of the image's standard deviations brighter or darker, with up to 30% more or less contrast. At their
-    edge they go from 90% to 10% within `fade` pixels.
+    A piece has 2% to 15% of the image's area; a scar is 3% to 12% of its side wide and 15% to 50% long, and turned.
+    Both are up to 0.6 of the image's standard deviations brighter or darker, with up to 30% more or less contrast. At
+    their edge they go from 90% to 10% within `fade` pixels.
     """
     count, side, device = len(x), x.shape[-1], x.device
     if is_scar:
@@ -116,7 +113,7 @@ def pasted(x: torch.Tensor, other: torch.Tensor, is_scar: bool, fade: float) -> 
     share = (inwards > 0).float() if fade == 0 else (4.4 / fade * inwards).sigmoid()
     share = share.prod(0)[:, None]  # of the piece: (N, 1, H, H)
     is_other = torch.rand(count, 1, 1, 1, device=device) < 0.5
-    source = torch.where(is_other, other, x)
+    source = torch.where(is_other, x.roll(1, 0), x)
     taken_at = [across + uniform(count, -0.8, 0.8, device), along + uniform(count, -0.8, 0.8, device)]
     piece = grid_sample(source, torch.stack(taken_at, -1), padding_mode="reflection", align_corners=True)
     mean, deviation = piece.mean((1, 2, 3), keepdim=True), x.std((1, 2, 3), keepdim=True)
@@ -125,23 +122,10 @@ def pasted(x: torch.Tensor, other: torch.Tensor, is_scar: bool, fade: float) -> 
     return x.lerp(piece.clamp(-1, 1), share)
 
 
-@torch.no_grad()
-def others(x: torch.Tensor, gan: runs.TrainedGAN, fade: float) -> torch.Tensor:
-    """What pieces for images (N, C, H, H) are taken from, beside the images: strange ones that G draws, (N, C, H, H).
-
-    What an early G draws is rough, and would give a piece with soft edges away: with a `fade` it is the next image.
-    """
-    if fade > 0:
-        return x.roll(1, 0)
-    return gan.generator(FAR * torch.randn(len(x), gan.latent_dim, device=x.device)).to(x.dtype)
-
-
-def train(loop: Loop, cutpaste: nn.Module, optimizer: Adam, gan: runs.TrainedGAN, fade: float) -> None:
+def train(loop: Loop, cutpaste: nn.Module, optimizer: Adam, fade: float) -> None:
     """Steps on batches (B, C, H, H) in [-1, 1], each image in three versions: as it is, with a piece, with a scar."""
     for x in loop:
-        with loop.autocast:
-            piece, scar = (others(x, gan, fade) for _ in range(2))
-        versions = torch.cat([x, pasted(x, piece, is_scar=False, fade=fade), pasted(x, scar, is_scar=True, fade=fade)])
+        versions = torch.cat([x, pasted(x, is_scar=False, fade=fade), pasted(x, is_scar=True, fade=fade)])  # (3 B, ...)
         version = torch.arange(VERSIONS, device=x.device).repeat_interleave(len(x))  # (3 B,)
         with loop.autocast:
             logits = cutpaste(versions)  # (3 B, 3)
@@ -270,11 +254,11 @@ def main(config: Config) -> Path:
     """Check what was asked for, read the GAN's images, and train CutPaste; returns the run folder."""
     util.check_at_least(config, 0, "fade")
     check = partial(check_fade, config.fade)
-    with detector_training(config, COMMAND, "cutpaste.pt", load, (*SAME, "gan"), check) as (gan, training):
+    with detector_training(config, COMMAND, "cutpaste.pt", load, SAME, check) as (gan, training):
         cutpaste = build(gan).apply(initialise_weights)
         optimizer = prepare(cutpaste, training.config, gan.device)
         with Loop(training, {"cutpaste": cutpaste, "optimizer": optimizer}, CURVES) as loop:
-            train(loop, loop.share(cutpaste), optimizer, gan, config.fade)
+            train(loop, loop.share(cutpaste), optimizer, config.fade)
         if processes.rank() == 0:
             remember(gan, training.pictures)
         print(f"next: python evaluate.py --run-dir {util.quoted(gan.run_dir)}")

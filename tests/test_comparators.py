@@ -159,24 +159,30 @@ def test_scores_by_hand(digits_workdir: Path) -> None:
 
 @pytest.mark.parametrize(
     ("script", "name"),
-    [("detectors.f_anogan", "encoder"), ("detectors.acae", "acae"), ("detectors.rotnet", "rotnet")],
+    [
+        ("detectors.f_anogan", "encoder"),
+        ("detectors.acae", "acae"),
+        ("detectors.rotnet", "rotnet"),
+        ("detectors.cutpaste", "cutpaste"),
+    ],
 )
 def test_training_goes_on_as_if_it_had_not_stopped(
     trained: Path, run_here: Callable[..., None], monkeypatch: pytest.MonkeyPatch, script: str, name: str
 ) -> None:
     path = trained / f"{name}.pt"
     gan = (trained / "gan.pt").read_bytes()
-    run_here(script, "--epochs", "4", "--fresh", "--device", "cpu")
+    of = ["--epochs", "4", "--batch-size", "16", "--device", "cpu"]
+    run_here(script, *of, "--fresh")
     whole = torch.load(path, weights_only=True)
     # An earlier checkpoint, as a kill leaves it: one inside the last epoch
     write, checkpoints = torch.save, []
     monkeypatch.setattr(torch, "save", lambda state, file: (write(state, file), checkpoints.append(file.getvalue())))
-    run_here(script, "--epochs", "4", "--fresh", "--checkpoint-every", "10", "--device", "cpu")
+    run_here(script, *of, "--fresh", "--checkpoint-every", "10")
     monkeypatch.undo()
     path.write_bytes(checkpoints[1])
     assert torch.load(path, weights_only=True)["step"] == 20
     os.chdir(trained.parent.parent)
-    run_here(script, "--epochs", "4", "--device", "cpu")
+    run_here(script, *of)
     again = torch.load(path, weights_only=True)
     assert_same({**again, "seconds": 0}, {**whole, "seconds": 0})
     assert len((trained / f"{name}-losses.csv").read_text().splitlines()) == 1 + 24
