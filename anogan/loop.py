@@ -33,6 +33,7 @@ import util
 from anogan import files, images, plots, processes, runs
 from anogan.pictures import Pictures
 
+ENDS = 15, 45, 105  # epochs at whose end the step size is 0: the first cycle has 15, each next twice as many
 ORDER, NOISE, FIXED_Z, PLACES = range(4)  # kinds of random draws, each with seeds of its own
 
 
@@ -65,6 +66,13 @@ class Training:
     device: torch.device
     settings: dict[str, Any]  # all that decides the weights, see `weight_settings`: a checkpoint of others is refused
 
+    def of_about(self, steps: int) -> "Training":
+        """The same with as many epochs of those that end with a step size of 0 as come nearest to so many steps."""
+        of_epoch = max(1, len(self.pictures.turns) // (self.config.batch_size * self.settings["processes"]))
+        epochs = min(ENDS, key=lambda count: abs(math.log(count * of_epoch / steps)))
+        settings = self.settings | {"epochs": epochs}
+        return replace(self, config=replace(self.config, epochs=epochs), settings=settings)
+
 
 class Loop:
     """The batches of a training, from the last checkpoint or the first step to the last step."""
@@ -89,7 +97,7 @@ class Loop:
             _check_tensorboard_can_write(training.path)
         self._training, self._curves, self._draw, self._about = training, curves, draw, about or {}
         self._parts = parts | {
-            name.replace("optimizer", "scheduler"): CosineAnnealingWarmRestarts(part, T_0=15, T_mult=2)
+            name.replace("optimizer", "scheduler"): CosineAnnealingWarmRestarts(part, T_0=ENDS[0], T_mult=2)
             for name, part in parts.items()
             if isinstance(part, Adam)
         }

@@ -35,6 +35,7 @@ COMMAND = "python -m detectors.cutpaste"
 CURVES = {"Cross-entropy with the version": {"loss": "loss"}, "Share of versions told right": {"accuracy": "accuracy"}}
 SAME = (*runs.SAME_IMAGES, "ndf")  # what a checkpoint must share with the GAN
 VERSIONS = 3  # of a picture: as it is, with a piece, with a scar
+STEPS = 1500  # of a training, about: far fewer learn too little, and more made the scores worse
 MEMORY = 2000  # training images or patches at most that the scores compare with
 SHRINKAGE = 0.03  # of their features' covariance, at least
 VERSION = 2  # of the scores, see `Source`: it says whether what a run folder keeps is of this code
@@ -44,7 +45,7 @@ VERSION = 2  # of the scores, see `Source`: it says whether what a run folder ke
 class Config:
     run_dir: Path | None = None  # the run to use; by default the one trained last
     dataset: str | None = None  # where the pictures of the run lie now, if they were moved
-    epochs: int = 15  # passes over the images that the GAN was trained on; the step size is 0 at the end of 15, 45, 105
+    epochs: int | None = None  # passes over the GAN's training images; by default 15, 45 or 105, for about 1,500 steps
     batch_size: int = 32  # images a step, each in three versions, in each process
     lr: float = 1e-3  # Adam's step size
     weight_decay: float = 1e-5  # Adam's pull of the weights towards 0
@@ -255,6 +256,7 @@ def main(config: Config) -> Path:
     util.check_at_least(config, 0, "fade")
     check = partial(check_fade, config.fade)
     with detector_training(config, COMMAND, "cutpaste.pt", load, SAME, check) as (gan, training):
+        training = training.of_about(STEPS) if config.epochs is None else training
         cutpaste = build(gan).apply(initialise_weights)
         optimizer = prepare(cutpaste, training.config, gan.device)
         with Loop(training, {"cutpaste": cutpaste, "optimizer": optimizer}, CURVES) as loop:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from scipy.spatial.distance import mahalanobis
 from test_pictures import read_verdicts
 
 from anogan import gaussians
+from anogan.loop import Training
 from detectors import cutpaste
 
 SIDE = 64  # of the drawn pictures
@@ -170,6 +172,27 @@ def test_it_finds_and_shows_what_was_moved_without_a_search(
     (run_dir / "pca.pt").unlink()
     message = fails("evaluate.py", "--run-dir", str(run_dir), "--images", new, *CPU)
     assert "was last judged by combined of cutpaste, pca_peak, and now there are cutpaste" in message
+
+
+@pytest.mark.parametrize(
+    ("patches", "processes", "epochs"),
+    [(386, 1, 105), (1000, 1, 45), (3408, 1, 15), (3408, 4, 45), (10**6, 1, 15), (9, 1, 105)],
+)
+def test_epochs_by_default(patches: int, processes: int, epochs: int) -> None:
+    """About 1,500 steps of 32, as near as 15, 45 or 105 epochs come."""
+    pictures = SimpleNamespace(turns=np.zeros(patches))
+    settings = {"processes": processes, "epochs": 1, "lr": 1e-3}
+    training = Training("", Path(), cutpaste.Config(), pictures, torch.device("cpu"), settings)
+    found = training.of_about(cutpaste.STEPS)
+    assert found.config.epochs == found.settings["epochs"] == epochs
+    assert found.settings["lr"] == 1e-3 and training.settings["epochs"] == 1
+
+
+def test_a_training_has_these_epochs(trained: Path, run_here: Callable[..., None]) -> None:
+    run_here("detectors.cutpaste", "--device", "cpu")
+    state = torch.load(trained / "cutpaste.pt", weights_only=True)
+    assert state["config"]["epochs"] == 105 and state["step"] == 105 * 3
+    assert json.loads((trained / "run.json").read_text())["cutpaste"]["hyperparameters"]["epochs"] == 105
 
 
 def test_the_covariance_is_shrunk() -> None:
