@@ -67,9 +67,11 @@ class Training:
     settings: dict[str, Any]  # all that decides the weights, see `weight_settings`: a checkpoint of others is refused
 
     def of_about(self, steps: int) -> "Training":
-        """The same with as many epochs of those that end with a step size of 0 as come nearest to so many steps."""
+        """The same with as many epochs, of those that end with a step size of 0, as come nearest to so many steps, by
+        their ratio."""
+        # at least one step: a batch that is larger than the set is cut to it, see `Loop`
         of_epoch = max(1, len(self.pictures.turns) // (self.config.batch_size * self.settings["processes"]))
-        epochs = min(ENDS, key=lambda count: abs(math.log(count * of_epoch / steps)))
+        epochs = min(ENDS, key=lambda end: abs(math.log(end * of_epoch / steps)))
         settings = self.settings | {"epochs": epochs}
         return replace(self, config=replace(self.config, epochs=epochs), settings=settings)
 
@@ -414,7 +416,8 @@ def detector_training(
 ) -> Iterator[tuple[runs.TrainedGAN, Training]]:
     """Hold the run folder, and read its GAN and the GAN's images, for the training of a detector into `file`.
 
-    Seeds the first weights, which the block makes. Epochs and batch size that the config leaves open are the GAN's.
+    Seeds the first weights, which the block makes. Epochs and batch size that the config leaves open are the GAN's,
+    unless the block takes others, see `Training.of_about`.
     `check` refuses a GAN on whose images the detector cannot learn. `load` reads a checkpoint that is there already,
     and refuses one that does not belong to this GAN: one of other `same` fields of TrainedGAN (`gan` is its
     fingerprint), which become part of the settings. Raises InputError for a value of the config that cannot be used, or
