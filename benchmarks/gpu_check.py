@@ -47,6 +47,7 @@ from benchmarks import latent_search, measure, training
 
 Part = Literal["agreement", "search", "training", "scripts"]
 CPU = torch.device("cpu")
+KILLED_EPOCHS = 30  # of the training that is killed at its first checkpoint: 155 steps before its end
 
 
 @dataclass
@@ -64,7 +65,6 @@ class Sizes:
     # agreement, at 32x32
     width: int = 32  # ngf and ndf
     epochs: int = 4
-    killed_epochs: int = 30  # of the training that is killed at its first checkpoint
     searched_sets: tuple[str, ...] = ("digits", "pictures")
     searched: int = 128  # images
     steps: int = 100
@@ -85,7 +85,6 @@ class Sizes:
 QUICK = Sizes(
     width=4,
     epochs=2,
-    killed_epochs=12,
     searched_sets=("pictures",),
     searched=16,
     steps=10,
@@ -232,7 +231,7 @@ def check_agreement(
         compare_reading(findings, folder / f"pictures-{device.type}-{precisions[0]}", device)
     for precision in precisions:
         with named_fault(findings, f"a training that was killed, {precision}"):
-            config = train_gan.Config("digits", "1", **shape, epochs=sizes.killed_epochs, precision=precision)
+            config = train_gan.Config("digits", "1", **shape, epochs=KILLED_EPOCHS, precision=precision)
             config = replace(config, device=str(device), checkpoint_every="25", run_dir=folder / f"killed-{precision}")
             compare_continued(findings, config)
 

@@ -303,7 +303,7 @@ def test_what_rotnet_remembers_is_of_that_rotnet(
         assert counted.calls == 1
         run_here(*judge)
         with np.load(run_dir / "rotnet-normals.npz") as kept, np.load(run_dir / "validation-scores.npz") as scores:
-            found.append((str(kept["rotnet"]), kept["directions"].sum(), scores["neighbours"].sum()))
+            found.append((str(kept["rotnet"]), kept["directions"].sum(), scores["mahalanobis"].sum()))
     assert all(one != other for one, other in zip(*found, strict=True))
     (run_dir / "rotnet-normals.npz").write_bytes(b"damaged")
     run_here(*judge)
