@@ -66,12 +66,20 @@ class Training:
     device: torch.device
     settings: dict[str, Any]  # all that decides the weights, see `weight_settings`: a checkpoint of others is refused
 
+    @property
+    def batch_size(self) -> int:
+        """Images a step in each process: a batch that is larger than the set is cut to it."""
+        return min(self.config.batch_size, len(self.pictures.turns) // self.settings["processes"])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The rest at the end of an epoch is left out, see `real_batches`."""
+        return len(self.pictures.turns) // (self.batch_size * self.settings["processes"])
+
     def of_about(self, steps: int) -> "Training":
         """The same with as many epochs, of those that end with a step size of 0, as come nearest to so many steps, by
         their ratio."""
-        # at least one step: a batch that is larger than the set is cut to it, see `Loop`
-        of_epoch = max(1, len(self.pictures.turns) // (self.config.batch_size * self.settings["processes"]))
-        epochs = min(ENDS, key=lambda end: abs(math.log(end * of_epoch / steps)))
+        epochs = min(ENDS, key=lambda end: abs(math.log(end * self.steps_per_epoch / steps)))
         settings = self.settings | {"epochs": epochs}
         return replace(self, config=replace(self.config, epochs=epochs), settings=settings)
 
@@ -104,9 +112,7 @@ class Loop:
             if isinstance(part, Adam)
         }
         self._labels = dict(chain(*(panel.items() for panel in curves.values())))
-        patches = len(training.pictures.turns)
-        self._batch_size = min(config.batch_size, patches // settings["processes"])
-        self._steps_per_epoch = patches // (self._batch_size * settings["processes"])
+        self._batch_size, self._steps_per_epoch = training.batch_size, training.steps_per_epoch
         self._steps = config.epochs * self._steps_per_epoch
         self._seconds_between, self._steps_between = checkpoint_interval(config.checkpoint_every)
         # the context in which the body runs the networks, in bf16 or fp32
@@ -115,8 +121,9 @@ class Loop:
         self._history: list[torch.Tensor] = []  # blocks (steps, M) of what every step measured
         self._recent: list[torch.Tensor] = []  # rows of the history, still on the device: reading them waits for a GPU
         self._frames: list[bytes] = []  # PNG files: the samples as training goes on
-        count, side = len(training.pictures), training.pictures.view.size
-        seen = f", {patches} patches of {side}x{side} an epoch" if training.pictures.view.has_patches else ""
+        pictures, side = training.pictures, training.pictures.view.size
+        count, patches = len(pictures), len(pictures.turns)
+        seen = f", {patches} patches of {side}x{side} an epoch" if pictures.view.has_patches else ""
         print(
             f"run: {training.path.parent}   normal class: {settings['normal_class']} ({count} images{seen})   "
             f"device: {util.in_words(training.device, settings['precision'])}   processes: {settings['processes']}"
@@ -417,11 +424,10 @@ def detector_training(
     """Hold the run folder, and read its GAN and the GAN's images, for the training of a detector into `file`.
 
     Seeds the first weights, which the block makes. Epochs and batch size that the config leaves open are the GAN's,
-    unless the block takes others, see `Training.of_about`.
-    `check` refuses a GAN on whose images the detector cannot learn. `load` reads a checkpoint that is there already,
-    and refuses one that does not belong to this GAN: one of other `same` fields of TrainedGAN (`gan` is its
-    fingerprint), which become part of the settings. Raises InputError for a value of the config that cannot be used, or
-    as `runs.find_run`, `check`, `load` and `runs.images_of_gan` do.
+    unless the block takes others, see `Training.of_about`. `check` refuses a GAN on whose images the detector cannot
+    learn. `load` reads a checkpoint that is there already, and refuses one that does not belong to this GAN: one of
+    other `same` fields of TrainedGAN (`gan` is its fingerprint), which become part of the settings. Raises InputError
+    for a value of the config that cannot be used, or as `runs.find_run`, `check`, `load` and `runs.images_of_gan` do.
     """
     check_config(config)
     device = util.pick_device(config.device)
