@@ -74,7 +74,7 @@ class Sizes:
     timed_width: int = 64
     search_batches: tuple[int, ...] = (64, 512, 2048)
     training_batches: tuple[int, ...] = (64, 256, 512)
-    training_steps: int = 4  # before the next loop's turn
+    training_steps: int = 16  # of a turn: four are decoded before it by the usual loop's workers
     candidates: int = fit_latent.Config.candidates
     timed_steps: int = fit_latent.Config.steps
     repeats: int = 3
