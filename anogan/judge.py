@@ -40,7 +40,7 @@ def write(pictures: ScoredSplit, of_normals: np.ndarray, verdict: Verdict) -> Pa
     flagged, means = verdict.flagged["images"], verdicts.meaning(verdict)
     page = report.Page(
         f"{run_dir.name}: {len(flagged)} pictures of {pictures.images.name}",
-        [f"{flagged.sum()} of {len(flagged)} pictures are flagged.", f"{means[0].upper()}{means[1:]}."],
+        [f"{flagged.sum()} of {len(flagged)} pictures flagged.", f"{means[0].upper()}{means[1:]}."],
         [partial / "scores.png"],
         "images",
         pictures,
@@ -112,6 +112,6 @@ def print_verdicts(pictures: ScoredSplit, verdict: Verdict, unsearched: int) -> 
         print(
             f"\n{unsearched} more pictures there were not searched, new since then or unreadable: fit_latent.py does it"
         )
-    print(f"\n{flagged.sum()} of {len(score)} pictures are flagged; {verdicts.meaning(verdict)}")
+    print(f"\n{flagged.sum()} of {len(score)} pictures flagged; {verdicts.meaning(verdict)}")
     if pictures.map is not None and math.isinf(verdict.level):
         print(verdicts.too_few_to_mark(verdict.alpha, verdict.normals))
