@@ -171,8 +171,9 @@ def from_0_to_1(heat: np.ndarray, middle: float) -> np.ndarray:
     return (1 + heat / (np.abs(heat) + middle)) / 2
 
 
-def pixel_metrics(test: ScoredSplit, level: float, middle: float) -> dict[str, Any]:
-    """`pixel_figures` of the test images' heat maps, at the pictures' own size, by the data set's masks.
+def pixel_metrics(test: ScoredSplit, level: float, middle: float, among: np.ndarray | None = None) -> dict[str, Any]:
+    """`pixel_figures` of the test images' heat maps, at the pictures' own size, by the data set's masks; of all images
+    or of those `among` (N,) bool.
 
     Anomalous images without a mask, or with an empty one, are left out: `with_mask` is the number of the others,
     `without_mask` the number of those without by class, and `empty_masks` names the empty ones. Raises InputError for
@@ -180,10 +181,11 @@ def pixel_metrics(test: ScoredSplit, level: float, middle: float) -> dict[str, A
     """
     paths = masks.find_masks(test.gan.dataset, test.images.source[test.is_anomaly])
     has_file = np.array([source in paths for source in test.images.source])
+    normal, anomalous = (kind if among is None else kind & among for kind in (~test.is_anomaly, test.is_anomaly))
     empty: list[str] = []
 
     def heat_and_mask() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for row, heat in test.heats(np.flatnonzero(has_file | ~test.is_anomaly)):
+        for row, heat in test.heats(np.flatnonzero(normal | anomalous & has_file)):
             size = test.images.picture(row, test.gan.view).size
             mask = np.zeros(size[::-1], bool)
             if test.is_anomaly[row]:
@@ -199,8 +201,8 @@ def pixel_metrics(test: ScoredSplit, level: float, middle: float) -> dict[str, A
     is_scaled = math.isfinite(level) and not is_share
     passed = float(from_0_to_1(np.float32(level), middle)) if is_scaled else level
     figures = pixel_figures(heat_and_mask(), passed)
-    without = Counter(test.class_name[test.is_anomaly & ~has_file].tolist())
-    with_mask = int((test.is_anomaly & has_file).sum()) - len(empty)
+    without = Counter(test.class_name[anomalous & ~has_file].tolist())
+    with_mask = int((anomalous & has_file).sum()) - len(empty)
     return (
         {"map": test.map.name} | figures | {"with_mask": with_mask, "without_mask": dict(without), "empty_masks": empty}
     )

@@ -1,11 +1,13 @@
 """ROC-AUC of each score on both halves of the test pictures, the mean and deviation over runs that differ in a seed.
 
-    python -m benchmarks.halves outputs/tiles-0 outputs/tiles-1 outputs/tiles-2 --scores cutpaste cutpaste_peak
+    python -m benchmarks.halves outputs/tiles-0 outputs/tiles-1 outputs/tiles-2 --scores cutpaste cutpaste_peak --pixels
 
 Settings and weights were chosen on the development half, so that figures are of the other, the report half. Prints a
-table in Markdown, from the scores.csv of the runs; writes nothing.
+table in Markdown, from the scores.csv of the runs; writes no figures. With --pixels also those of the heat map that a
+run's verdict shows: the maps are made anew, and the data set must have masks.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -14,8 +16,9 @@ import numpy as np
 import torch
 import tyro
 
+import evaluate
 import util
-from anogan import runs
+from anogan import masks, metrics, runs, scoring, verdicts
 from benchmarks import measure
 
 
@@ -23,6 +26,28 @@ from benchmarks import measure
 class Config:
     run_dirs: Annotated[tuple[Path, ...], tyro.conf.Positional]  # evaluated runs of the same pictures
     scores: tuple[str, ...] = ()  # by name; by default those that all runs have
+    pixels: bool = False  # also the pixel-level figures
+
+
+def pixels_of_halves(run_dir: Path, in_report: set[str]) -> dict[str, tuple[float, float]]:
+    """Pixel-level ROC-AUC and AUPRO of a run's heat map, of the test pictures whose source is in the report half and of
+    the others. Raises InputError without masks or a map, and for a mask that cannot be used."""
+    gan = runs.load_gan(run_dir, util.pick_device("auto"))
+    before = measure.read_metrics(run_dir)["threshold"]
+    request = scoring.Request(before["score"], True, evaluate.Config.batch_size, skip_unreadable=True)
+    with util.full_precision():
+        image_sets = {split: runs.open_split(gan, split) for split in ("validation", "test")}
+        scored = scoring.score_run(gan, image_sets, evaluate.SCORES, request)
+        test = scored["test"]
+        if test.map is None or not masks.has_masks(gan.dataset):
+            raise util.InputError(f"{run_dir} has no heat maps or {gan.dataset} no masks: leave out --pixels")
+        verdict = verdicts.decide(scored, scored["validation"].scores, before["score"], before["alpha"], before["fdr"])
+        report = np.isin(test.images.source, list(in_report))
+        found = [metrics.pixel_metrics(test, verdict.level, verdict.brightest / 2, half) for half in (report, ~report)]
+    return {
+        f"{label}, map `{test.map.name}`": tuple(math.nan if half[key] is None else half[key] for half in found)
+        for label, key in (("pixel-level ROC-AUC", "pixel_roc_auc"), ("AUPRO", "aupro"))
+    }
 
 
 def main(config: Config) -> None:
@@ -39,13 +64,17 @@ def main(config: Config) -> None:
     common = [name for name in found[0] if all(name in of for of in found)]
     if unknown := set(config.scores) - set(common):
         raise util.InputError(f"not every run has the score {min(unknown)}: choose --scores from {', '.join(common)}")
+    found = [{f"`{name}`": of[name] for name in config.scores or common} for of in found]
+    if config.pixels:
+        sources = {source for source, is_in in zip(pictures[0], in_report, strict=True) if is_in}
+        found = [of | pixels_of_halves(run_dir, sources) for of, run_dir in zip(found, config.run_dirs, strict=True)]
     print("| score | report half | development half |\n|---|---|---|")
-    for name in config.scores or common:
+    for name in found[0]:
         cells = []
         for half in np.array([of[name] for of in found]).T:  # (2, runs)
             deviation = f" ± {half.std(ddof=1):.3f}" if len(half) > 1 else ""
             cells.append(f"{half.mean():.3f}{deviation}")
-        print(f"| `{name}` | {' | '.join(cells)} |")
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

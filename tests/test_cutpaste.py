@@ -1,6 +1,7 @@
 """CutPaste: what is pasted, its distances against scipy, and a run that is judged and shown without a search."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from test_pictures import read_verdicts
 
 from anogan import gaussians
 from anogan.loop import Training
+from benchmarks import halves
 from detectors import cutpaste
 
 SIDE = 64  # of the drawn pictures
@@ -136,6 +138,22 @@ def test_it_finds_and_shows_what_was_moved_without_a_search(
     assert metrics["pixels"]["pixel_roc_auc"] > 0.8 and metrics["pixels"]["regions"] == 10
     assert (run_dir / "difference_maps.png").is_file()
     assert '"panels": ["real", "distance", "marked"]' in (run_dir / "report.html").read_text(encoding="utf-8")
+
+    # pixels of the report half: those of a test split of every other picture
+    halves.main(halves.Config((run_dir,), ("cutpaste",), pixels=True))
+    printed = capsys.readouterr().out
+    shutil.copytree(stripes, tmp_path / "half")
+    for kind in ("good", "moved"):
+        for path in sorted((tmp_path / "half/test" / kind).iterdir())[::2]:
+            path.unlink()
+    shutil.copytree(run_dir, tmp_path / "run-half")
+    half = ["--dataset", str(tmp_path / "half"), "--score", "cutpaste_peak", "--bootstrap", "20", *CPU]
+    run_here("evaluate.py", "--run-dir", str(tmp_path / "run-half"), *half)
+    expected = json.loads((tmp_path / "run-half/metrics.json").read_text())
+    assert expected["pixels"]["regions"] == 5
+    assert f"| `cutpaste` | {expected['test']['cutpaste']['roc_auc']:.3f} |" in printed
+    assert f"| pixel-level ROC-AUC, map `distance` | {expected['pixels']['pixel_roc_auc']:.3f} |" in printed
+    assert f"| AUPRO, map `distance` | {expected['pixels']['aupro']:.3f} |" in printed
 
     # pictures without labels: the same scores and maps, on what the run folder keeps
     stripes.rename(moved := stripes.with_name("elsewhere"))
