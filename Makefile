@@ -54,6 +54,8 @@ washers washers-grey: $(VENV)/installed
 
 # The GAN is not used for the scores of CutPaste and PCA: a small one, and one epoch, are enough
 magnetic-tile: $(VENV)/installed
+	test -d data/magnetic_tile || test -n "$(REAL)" || \
+	    { echo "name the folder with magnetic_tile.tar.xz: make $@ REAL=DIR"; exit 1; }
 	test -d data/magnetic_tile || $(BIN)/python -m examples.magnetic_tile --archive $(REAL)/magnetic_tile.tar.xz
 	$(BIN)/python train_gan.py --dataset data/magnetic_tile --normal-class good --run-dir outputs/magnetic-tile-good \
 	    --group-by 'tile(\d+)' --picture-size 128 --image-size 64 --ngf 8 --epochs 1

@@ -102,7 +102,7 @@ class Detector:
         return verdicts.threshold(peaks, self.alpha)
 
     def judge(self, pictures: Sequence[Picture]) -> list[Judgement]:
-        """A verdict on each picture. A whole picture each is searched at once with up to 63 others.
+        """A verdict on each picture. Where the networks see whole pictures, 64 are searched at once.
 
         Raises InputError for one that cannot be read.
         """

@@ -54,7 +54,7 @@ class Config:
     discrimination_weight: float = 0.1  # lambda: the loss is (1 - lambda) residual + lambda discrimination
     init: Literal["candidates", "encoder"] = "candidates"  # where a search starts: the nearest candidate, or E(x)
     candidates: int = 4000  # generated images; a search starts at the nearest of them; 1: the same start for all
-    batch_size: int | None = None  # images at once, by default 512 on cuda, else 64; --shard-size at most
+    batch_size: int | None = None  # images at once; by default 512 on cuda, else 64, or --shard-size if that is less
     shard_size: int = 1024  # images or patches between two writes, rounded up to whole batches: a crash costs these
     seed: int = 0  # of the candidates and of the choice of --max-images
     device: str = "auto"  # cuda, cuda:1, mps, cpu, ...; auto: the first there is of cuda, mps and cpu

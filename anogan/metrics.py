@@ -10,6 +10,7 @@ from scipy.ndimage import label
 from sklearn.metrics import auc, roc_curve
 
 from anogan import heatmaps, masks
+from anogan.decoding import upright
 from anogan.scores import DIFFERENCE
 from anogan.scoring import ScoredSplit
 
@@ -186,7 +187,7 @@ def pixel_metrics(test: ScoredSplit, level: float, middle: float, among: np.ndar
 
     def heat_and_mask() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for row, heat in test.heats(np.flatnonzero(normal | anomalous & has_file)):
-            size = test.images.picture(row, test.gan.view).size
+            size = upright(test.images.open(row)).size
             mask = np.zeros(size[::-1], bool)
             if test.is_anomaly[row]:
                 source = str(test.images.source[row])

@@ -1,4 +1,4 @@
-"""The methods that peers.py runs: PyOD's, anomalib's and PCA of patches, and how each sees a picture.
+"""The methods that peers.py runs: PyOD's, anomalib's, PCA and one line, and how each sees a picture.
 
 Each is a function of training pictures, and of the budget of its training, for those that need one.
 """
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.ndimage import uniform_filter
 from sklearn.decomposition import PCA
 from torch.utils.data import DataLoader
 
@@ -130,6 +131,28 @@ def draem(pictures: Pictures, budget: Budget) -> Fitted:
         return fit_anomalib(Draem, pictures, budget, dtd_dir=empty)
 
 
+def residual(pca: PCA, x: np.ndarray) -> np.ndarray:
+    """What the components leave of vectors (N, F): (N,)."""
+    return np.linalg.norm(x - pca.inverse_transform(pca.transform(x)), axis=1)
+
+
+def whole_pca(pictures: Pictures, budget: Budget) -> Fitted:
+    """What 32 principal components of whole pictures leave of a picture."""
+    pca = PCA(min(32, len(pictures)), svd_solver="full")
+    seconds, _ = timed(lambda: pca.fit(vectors(pictures)), CPU)
+    return Fitted(lambda test: residual(pca, vectors(test)), seconds, f"components: {pca.n_components_}")
+
+
+def smoothness(pictures: Pictures, budget: Budget) -> Fitted:
+    """How little fine detail a picture has: minus the mean square of what a mean of 3x3 pixels leaves. No training."""
+
+    def score(picture: np.ndarray) -> float:
+        levels = picture / 255
+        return -float(np.square(levels - uniform_filter(levels, (1, 3, 3))).mean())
+
+    return Fitted(lambda test: np.array([score(each) for each in test]), 0, "")
+
+
 def patch_vectors(picture: np.ndarray, stride: int) -> np.ndarray:
     """The patches that cover a picture (C, height, width): float32 (P, C * PATCH * PATCH) in [0, 1]."""
     return vectors(patches.cut(picture, patches.grid(picture.shape[1:], PATCH, stride), PATCH))
@@ -141,9 +164,7 @@ def patch_pca(pictures: Pictures, budget: Budget) -> Fitted:
     seconds, _ = timed(lambda: pca.fit(np.concatenate([patch_vectors(each, PATCH) for each in pictures])), CPU)
 
     def score(picture: np.ndarray) -> float:
-        x = patch_vectors(picture, PATCH // 2)
-        residual = np.linalg.norm(x - pca.inverse_transform(pca.transform(x)), axis=1)  # (P,)
-        return float(np.quantile(residual, 0.99))
+        return float(np.quantile(residual(pca, patch_vectors(picture, PATCH // 2)), 0.99))
 
     return Fitted(lambda test: np.array([score(each) for each in test]), seconds, f"components: {pca.n_components_}")
 
@@ -191,6 +212,8 @@ METHODS = {
     "pyod_deep_svdd": Method(pyod_deep_svdd, pyod_view, "pyod"),
     "pyod_knn": Method(pyod_knn, pyod_view, "pyod"),
     "pyod_pca": Method(pyod_pca, pyod_view, "pyod"),
+    "whole_pca": Method(whole_pca, pyod_view, "scikit-learn"),
+    "smoothness": Method(smoothness, pyod_view, "scipy"),
     "patch_pca": Method(patch_pca, patch_view, "scikit-learn"),
     "ganomaly": Method(ganomaly, anomalib_view, "anomalib", has_budget=True),
     "draem": Method(draem, anomalib_view, "anomalib", has_budget=True),

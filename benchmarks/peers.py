@@ -1,4 +1,5 @@
-"""Other methods on the pictures of finished runs: PyOD's, anomalib's and PCA of patches. ROC-AUC beside seconds.
+"""Other methods on the pictures of finished runs: PyOD's, anomalib's, PCA, and how smooth a picture is. ROC-AUC beside
+seconds.
 
     make peers RUNS="outputs/magnetic-tile-good outputs/elpv-mono-good"
     .venv-peers/bin/python -m benchmarks.peers outputs/elpv-mono-good --methods pyod_knn patch_pca --seeds 0 1 2
@@ -31,6 +32,7 @@ from anogan import files, images, loading, runs, scores
 from anogan.decoding import View
 from benchmarks import measure
 from benchmarks.peer_methods import CPU, METHODS, Budget, Pictures
+from detector import Detector
 
 # A row is measured once for each of KEY. `side` is that of pictures. `minutes` and `device` are empty where a method
 # ends by itself
@@ -61,7 +63,7 @@ class Judged(NamedTuple):
     is_anomaly: np.ndarray  # (N,) bool
     in_report: np.ndarray  # (N,) bool, see `measure.report_half`
 
-    def key(self, method: str, seed: int, side: str = "", budget: Budget | None = None) -> Row:
+    def key(self, method: str, seed: int | str, side: str = "", budget: Budget | None = None) -> Row:
         """What a row is measured once for."""
         data = Path(self.gan.dataset).name  # where a folder stood says nothing about the figures
         about = data, self.gan.normal_class, self.gan.training_images, self.images.checksum()
@@ -98,23 +100,38 @@ def open_run(run_dir: Path, count: int) -> Judged:
 
 
 def our_row(run: Judged) -> Row:
-    """The score of the run's verdict, and the seconds for which what it needs was trained, from run.json."""
+    """The score of the run's verdict, and the seconds for which what it needs was trained, from run.json.
+
+    The seed is that of the detectors which the score rests on, and the GAN's if none of them has one.
+    """
     run_dir = run.gan.run_dir
     record, metrics = runs.read_record(run_dir), measure.read_metrics(run_dir)
     name = metrics["threshold"]["score"]
     sources = scores.sources_of(name, scores.with_pools(evaluate.SCORES))
-    scripts = {"train_gan", *(source.command.rpartition("detectors.")[2] for source in sources)}
-    trained = [of for script, of in record.items() if script in scripts]
-    about = record["train_gan"]
+    scripts = {source.command.rpartition("detectors.")[2] for source in sources}
+    detectors = [of for script, of in record.items() if script in scripts]
+    seeds = {of["hyperparameters"]["seed"] for of in detectors if "seed" in of["hyperparameters"]}
+    trained = [record["train_gan"], *detectors]
+    about = trained[-1]
     return {
         **dict.fromkeys(COLUMNS, ""),
-        **run.key(f"ours: {name}", about["hyperparameters"]["seed"]),
+        **run.key(f"ours: {name}", " ".join(map(str, sorted(seeds or {trained[0]["hyperparameters"]["seed"]})))),
         **run.aucs(np.array([float(row[name]) for row in run.rows])),
         "training_seconds": f"{sum(each['seconds'] for each in trained):.1f}",
+        "ms_a_picture": f"{ms_of_a_verdict(run):.1f}",
         "versions": f"torch {about['versions']['torch']}",
         "hardware": f"{about['device']}, {about['cpu_threads']} threads",
         "git_commit": " ".join(sorted({str(each["git_commit"]) for each in trained})),
     }
+
+
+def ms_of_a_verdict(run: Judged) -> float:
+    """Milliseconds in which a program has the verdict on a picture, with its heat map: of up to 32 test pictures, on
+    the CPU."""
+    detector = Detector.load(run.gan.run_dir, device="cpu")
+    opened = [run.images.open(row) for row in range(min(32, len(run.images)))]
+    detector.judge(opened[:1])  # the first takes longer
+    return 1000 * measure.timed(lambda: detector.judge(opened), CPU)[0] / len(opened)
 
 
 def read(image_set: images.ImageSet, view: View, skip_unreadable: bool = False) -> Pictures:
