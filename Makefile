@@ -19,6 +19,8 @@ DEMO := outputs/digits-1
 BENCH_RUN := outputs/digits-1-64
 BENCH_DATA := --dataset digits
 
+# of magnetic-tile: the folder that holds magnetic_tile.tar.xz
+REAL :=
 # for the JPEG copy: make table TABLE="--dataset data/cifar10-jpeg --seeds 0 1 2"
 TABLE :=
 # for three seeds: make peers RUNS=outputs/elpv-mono-good PEERS_FLAGS="--seeds 0 1 2"
@@ -54,9 +56,9 @@ washers washers-grey: $(VENV)/installed
 
 # The GAN is not used for the scores of CutPaste and PCA: a small one, and one epoch, are enough
 magnetic-tile: $(VENV)/installed
-	test -d data/magnetic_tile || test -n "$(REAL)" || \
-	    { echo "name the folder with magnetic_tile.tar.xz: make $@ REAL=DIR"; exit 1; }
-	test -d data/magnetic_tile || $(BIN)/python -m examples.magnetic_tile --archive $(REAL)/magnetic_tile.tar.xz
+	@test -d data/magnetic_tile || test -n "$(REAL)" || \
+	    { echo "error: name the folder with magnetic_tile.tar.xz: make $@ REAL=DIR"; exit 1; }
+	test -d data/magnetic_tile || $(BIN)/python -m examples.magnetic_tile --archive "$(REAL)/magnetic_tile.tar.xz"
 	$(BIN)/python train_gan.py --dataset data/magnetic_tile --normal-class good --run-dir outputs/magnetic-tile-good \
 	    --group-by 'tile(\d+)' --picture-size 128 --image-size 64 --ngf 8 --epochs 1
 	$(BIN)/python -m detectors.cutpaste --run-dir outputs/magnetic-tile-good

@@ -1,4 +1,5 @@
-"""A trained detector that a program or a notebook holds: it judges pictures without a new start, and writes nothing.
+"""A trained detector that a program or a notebook holds: it judges pictures without a new start, and writes no
+results.
 
     from detector import Detector
 

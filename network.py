@@ -12,7 +12,6 @@ from itertools import pairwise
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
@@ -24,48 +23,6 @@ def channel_multipliers(image_size: int) -> list[int]:
     if image_size < 32 or image_size & (image_size - 1):
         raise ValueError(f"image_size must be a power of two from 32 up (32, 64, 128, ...), not {image_size}")
     return [2**rung for rung in range(image_size.bit_length() - 3)]
-
-
-def weight_of_blocks(weight: torch.Tensor) -> torch.Tensor:
-    """The weight (A, C, 4, 4) of a convolution with stride 2 and padding 1, for blocks of 2x2 pixels as channels: with
-    (A, 4 C', 3, 3), stride 1 and padding 1 it is the same function. C' is C, or 4 with zeros if C is 3: GPUs are fast
-    where the channels are a multiple of 8."""
-    weight = functional.pad(weight, (1, 1, 1, 1, 0, int(weight.shape[1] == 3)))  # (A, C', 6, 6)
-    weight = weight.unflatten(3, (3, 2)).unflatten(2, (3, 2))  # (A, C', 3, 2, 3, 2)
-    return weight.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
-
-
-def convolve_blocks(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`conv2d(x, weight, bias, stride=2, padding=1)` for weights (A, C, 4, 4) and images (N, C, H, W) of an even side:
-    (N, A, H/2, W/2), rounded otherwise."""
-    x = functional.pad(x, (0, 0, 0, 0, 0, int(x.shape[1] == 3)))  # (N, C', H, W)
-    x = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (N, C', H/2, 2, W/2, 2)
-    x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).permute(0, 3, 1, 2)  # (N, 4 C', H/2, W/2) in channels_last
-    return functional.conv2d(x, weight_of_blocks(weight), bias, padding=1)
-
-
-def convolve_to_blocks(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`conv_transpose2d(x, weight, stride=2, padding=1)` for weights (A, C, 4, 4) and x (N, A, H, W): (N, C, 2 H, 2 W),
-    rounded otherwise."""
-    x = functional.conv_transpose2d(x, weight_of_blocks(weight), padding=1).permute(0, 2, 3, 1)  # (N, H, W, 4 C')
-    x = x.unflatten(3, (-1, 2, 2))[:, :, :, : weight.shape[1]]  # (N, H, W, C, 2, 2)
-    return x.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
-
-
-class FirstConvolution(nn.Conv2d):
-    """The layer that sees the image. A GPU does little at a time with three channels: there it sees blocks."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (N, C, H, W) to (N, out_channels, H/2, W/2)."""
-        return convolve_blocks(x, self.weight, self.bias) if x.is_cuda else super().forward(x)
-
-
-class LastConvolution(nn.ConvTranspose2d):
-    """The layer that draws the image, on a GPU by blocks."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, in_channels, H, W) to images (N, C, 2 H, 2 W)."""
-        return convolve_to_blocks(x, self.weight) if x.is_cuda else super().forward(x)
 
 
 class Generator(nn.Module):
@@ -89,7 +46,7 @@ class Generator(nn.Module):
                 nn.BatchNorm2d(narrow),
                 nn.ReLU(inplace=True),
             ]
-        layers += [LastConvolution(widths[-1], image_channels, 4, 2, 1, bias=False), nn.Tanh()]
+        layers += [nn.ConvTranspose2d(widths[-1], image_channels, 4, 2, 1, bias=False), nn.Tanh()]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
@@ -111,8 +68,7 @@ def downward_ladder(
     widths = [ndf * multiplier for multiplier in channel_multipliers(image_size)]
     layers = []
     for narrow, wide in pairwise([image_channels, *widths]):  # each rung halves the side
-        kind = nn.Conv2d if layers else FirstConvolution
-        layers.append(kind(narrow, wide, 4, 2, 1, bias=first_bias and not layers))
+        layers.append(nn.Conv2d(narrow, wide, 4, 2, 1, bias=first_bias and not layers))
         if len(layers) > 1:  # like G's last layer, whose mirror it is, the first keeps the image's own contrast
             layers.append(nn.BatchNorm2d(wide))
         layers.append(nn.LeakyReLU(0.2, inplace=True))

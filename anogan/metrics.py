@@ -186,7 +186,7 @@ def pixel_metrics(test: ScoredSplit, level: float, middle: float, among: np.ndar
     empty: list[str] = []
 
     def heat_and_mask() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for row, heat in test.heats(np.flatnonzero(normal | anomalous & has_file)):
+        for row, heat in test.heats(np.flatnonzero(normal | (anomalous & has_file))):
             size = upright(test.images.open(row)).size
             mask = np.zeros(size[::-1], bool)
             if test.is_anomaly[row]:

@@ -227,6 +227,7 @@ def check_agreement(
             continue
         with named_fault(findings, f"{name}: search"):
             compare_searches(findings, name, folder / f"{name}-cpu-fp32", sizes, precisions, device)
+            compare_scores(findings, name, folder / f"{name}-cpu-fp32", device)
     with named_fault(findings, "a checkpoint of the device on the CPU"):
         compare_reading(findings, folder / f"pictures-{device.type}-{precisions[0]}", device)
     for precision in precisions:
@@ -285,7 +286,7 @@ def relative(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
 def compare_searches(
     findings: Findings, name: str, run_dir: Path, sizes: Sizes, precisions: tuple[str, ...], device: torch.device
 ) -> None:
-    """The same images of a run searched on the CPU and on the device; the scores of the same latents on both."""
+    """The same images of a run searched on the CPU in fp32, and on the device."""
 
     def searched(path: Path, where: torch.device, precision: str) -> np.ndarray:
         settings = {"max_images": sizes.searched, "steps": sizes.steps, "candidates": 500}
@@ -305,6 +306,9 @@ def compare_searches(
         findings.check(f"{what}, median", float(np.median(relative(found, expected))), 0.015, reason)
         findings.check(f"{what}, of the mean", float(relative(found.mean(), expected.mean())), 0.01, reason)
 
+
+def compare_scores(findings: Findings, name: str, run_dir: Path, device: torch.device) -> None:
+    """The scores of the same latents on the CPU and on the device, of a run that was searched."""
     same, scores = run_dir.with_name(f"{run_dir.name}-scored"), []
     shutil.copytree(run_dir, same)
     for where, path in ((device, same), (CPU, run_dir)):

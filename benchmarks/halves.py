@@ -3,8 +3,8 @@
     python -m benchmarks.halves outputs/tiles-0 outputs/tiles-1 outputs/tiles-2 --scores cutpaste cutpaste_peak --pixels
 
 Settings and weights were chosen on the development half, so that figures are of the other, the report half. Prints a
-table in Markdown, from the scores.csv of the runs; writes no figures. With --pixels also those of the heat map that a
-run's verdict shows: the maps are made anew, and the data set must have masks.
+table in Markdown, from the scores.csv of the runs. With --pixels also figures of the heat map that a run's verdict
+shows: it makes the maps anew, as evaluate.py does, and the data set must have masks. Writes no figures.
 """
 
 import math
@@ -29,25 +29,30 @@ class Config:
     pixels: bool = False  # also the pixel-level figures
 
 
-def pixels_of_halves(run_dir: Path, in_report: set[str]) -> dict[str, tuple[float, float]]:
-    """Pixel-level ROC-AUC and AUPRO of a run's heat map, of the test pictures whose source is in the report half and of
-    the others. Raises InputError without masks or a map, and for a mask that cannot be used."""
+def pixels_of_halves(run_dir: Path, sources: list[str], in_report: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Pixel-level ROC-AUC and AUPRO of a run's heat map on the report half and on the other, given the sources of its
+    test pictures (N,) and which are in the report half (N,) bool.
+
+    Raises InputError without masks or a map, for a mask that cannot be used, and if other pictures are there now.
+    """
     gan = runs.load_gan(run_dir, util.pick_device("auto"))
+    if not masks.has_masks(gan.dataset):
+        raise util.InputError(f"{gan.dataset} has no masks: leave out --pixels")
     before = measure.read_metrics(run_dir)["threshold"]
     request = scoring.Request(before["score"], True, evaluate.Config.batch_size, skip_unreadable=True)
-    with util.full_precision():
+    with runs.run_folder(run_dir), util.full_precision():
         image_sets = {split: runs.open_split(gan, split) for split in ("validation", "test")}
         scored = scoring.score_run(gan, image_sets, evaluate.SCORES, request)
-        test = scored["test"]
-        if test.map is None or not masks.has_masks(gan.dataset):
-            raise util.InputError(f"{run_dir} has no heat maps or {gan.dataset} no masks: leave out --pixels")
-        verdict = verdicts.decide(scored, scored["validation"].scores, before["score"], before["alpha"], before["fdr"])
-        report = np.isin(test.images.source, list(in_report))
-        found = [metrics.pixel_metrics(test, verdict.level, verdict.brightest / 2, half) for half in (report, ~report)]
-    return {
-        f"{label}, map `{test.map.name}`": tuple(math.nan if half[key] is None else half[key] for half in found)
-        for label, key in (("pixel-level ROC-AUC", "pixel_roc_auc"), ("AUPRO", "aupro"))
-    }
+        test, normals = scored["test"], scored["validation"].scores
+        if list(test.images.source) != sources or test.map is None:
+            raise util.InputError(
+                f"{run_dir} has other test pictures than before, or no heat maps: run evaluate.py again"
+            )
+        verdict = verdicts.decide(scored, normals, before["score"], before["alpha"], before["fdr"])
+        level, middle = verdict.level, verdict.brightest / 2
+        found = [metrics.pixel_metrics(test, level, middle, half) for half in (in_report, ~in_report)]
+    keys = {"pixel-level ROC-AUC": "pixel_roc_auc", "AUPRO": "aupro"}
+    return {name: tuple(math.nan if of[key] is None else of[key] for of in found) for name, key in keys.items()}
 
 
 def main(config: Config) -> None:
@@ -66,8 +71,8 @@ def main(config: Config) -> None:
         raise util.InputError(f"not every run has the score {min(unknown)}: choose --scores from {', '.join(common)}")
     found = [{f"`{name}`": of[name] for name in config.scores or common} for of in found]
     if config.pixels:
-        sources = {source for source, is_in in zip(pictures[0], in_report, strict=True) if is_in}
-        found = [of | pixels_of_halves(run_dir, sources) for of, run_dir in zip(found, config.run_dirs, strict=True)]
+        of_pixels = [pixels_of_halves(run_dir, pictures[0], in_report) for run_dir in config.run_dirs]
+        found = [of | pixels for of, pixels in zip(found, of_pixels, strict=True)]
     print("| score | report half | development half |\n|---|---|---|")
     for name in found[0]:
         cells = []

@@ -1,4 +1,4 @@
-"""The methods that peers.py runs: PyOD's, anomalib's, PCA and one line, and how each sees a picture.
+"""The methods that peers.py runs: PyOD's, anomalib's, PCA and smoothness, and how each sees a picture.
 
 Each is a function of training pictures, and of the budget of its training, for those that need one.
 """

@@ -32,7 +32,6 @@ from anogan import files, images, loading, runs, scores
 from anogan.decoding import View
 from benchmarks import measure
 from benchmarks.peer_methods import CPU, METHODS, Budget, Pictures
-from detector import Detector
 
 # A row is measured once for each of KEY. `side` is that of pictures. `minutes` and `device` are empty where a method
 # ends by itself
@@ -118,20 +117,10 @@ def our_row(run: Judged) -> Row:
         **run.key(f"ours: {name}", " ".join(map(str, sorted(seeds or {trained[0]["hyperparameters"]["seed"]})))),
         **run.aucs(np.array([float(row[name]) for row in run.rows])),
         "training_seconds": f"{sum(each['seconds'] for each in trained):.1f}",
-        "ms_a_picture": f"{ms_of_a_verdict(run):.1f}",
         "versions": f"torch {about['versions']['torch']}",
         "hardware": f"{about['device']}, {about['cpu_threads']} threads",
         "git_commit": " ".join(sorted({str(each["git_commit"]) for each in trained})),
     }
-
-
-def ms_of_a_verdict(run: Judged) -> float:
-    """Milliseconds in which a program has the verdict on a picture, with its heat map: of up to 32 test pictures, on
-    the CPU."""
-    detector = Detector.load(run.gan.run_dir, device="cpu")
-    opened = [run.images.open(row) for row in range(min(32, len(run.images)))]
-    detector.judge(opened[:1])  # the first takes longer
-    return 1000 * measure.timed(lambda: detector.judge(opened), CPU)[0] / len(opened)
 
 
 def read(image_set: images.ImageSet, view: View, skip_unreadable: bool = False) -> Pictures:

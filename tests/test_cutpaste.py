@@ -139,21 +139,28 @@ def test_it_finds_and_shows_what_was_moved_without_a_search(
     assert (run_dir / "difference_maps.png").is_file()
     assert '"panels": ["real", "distance", "marked"]' in (run_dir / "report.html").read_text(encoding="utf-8")
 
-    # pixels of the report half: those of a test split of every other picture
+    # pixels of the two halves: those of test splits of every other picture, from the second on and from the first
     halves.main(halves.Config((run_dir,), ("cutpaste",), pixels=True))
-    printed = capsys.readouterr().out
-    shutil.copytree(stripes, tmp_path / "half")
-    for kind in ("good", "moved"):
-        for path in sorted((tmp_path / "half/test" / kind).iterdir())[::2]:
-            path.unlink()
-    shutil.copytree(run_dir, tmp_path / "run-half")
-    half = ["--dataset", str(tmp_path / "half"), "--score", "cutpaste_peak", "--bootstrap", "20", *CPU]
-    run_here("evaluate.py", "--run-dir", str(tmp_path / "run-half"), *half)
-    expected = json.loads((tmp_path / "run-half/metrics.json").read_text())
-    assert expected["pixels"]["regions"] == 5
-    assert f"| `cutpaste` | {expected['test']['cutpaste']['roc_auc']:.3f} |" in printed
-    assert f"| pixel-level ROC-AUC, map `distance` | {expected['pixels']['pixel_roc_auc']:.3f} |" in printed
-    assert f"| AUPRO, map `distance` | {expected['pixels']['aupro']:.3f} |" in printed
+    printed, of_halves = capsys.readouterr().out, []
+    for left_out in (0, 1):
+        half, run_of_half = tmp_path / f"half-{left_out}", tmp_path / f"run-{left_out}"
+        shutil.copytree(stripes, half)
+        for kind in ("good", "moved"):
+            for path in sorted((half / "test" / kind).iterdir())[left_out::2]:
+                path.unlink()
+        shutil.copytree(run_dir, run_of_half)
+        flags = ["--dataset", str(half), "--score", "cutpaste_peak", "--bootstrap", "20", *CPU]
+        run_here("evaluate.py", "--run-dir", str(run_of_half), *flags)
+        found = json.loads((run_of_half / "metrics.json").read_text())
+        assert found["pixels"]["regions"] == 5
+        of_halves.append(
+            (found["test"]["cutpaste"]["roc_auc"], found["pixels"]["pixel_roc_auc"], found["pixels"]["aupro"])
+        )
+    for name, *values in zip(("`cutpaste`", "pixel-level ROC-AUC", "AUPRO"), *of_halves, strict=True):
+        assert f"| {name} | {values[0]:.3f} | {values[1]:.3f} |" in printed
+    (extra := stripes / "test/good/99.png").write_bytes((stripes / "test/good/00.png").read_bytes())
+    assert "has other test pictures than before" in fails("benchmarks.halves", str(run_dir), "--pixels")
+    extra.unlink()
 
     # pictures without labels: the same scores and maps, on what the run folder keeps
     stripes.rename(moved := stripes.with_name("elsewhere"))

@@ -18,7 +18,11 @@ def test_it_runs_and_writes_both_files(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "gpu_check.json").read_text())
     names = " ".join(row["name"] for row in found["checks"])
-    for word in ("digits: training", "pictures: anomaly_score of the same z", "pictures: A(x) after a search"):
+    for word in (
+        "digits: training",
+        "pictures: anomaly_score of the same z",
+        "steps in fp32 against fp32 on a CPU, median",
+    ):
         assert word in names
     assert "D(G(z)) of a checkpoint" in names and "killed after" in names and "tensors that differ" in names
     # the CPU against itself, but for the trainings in bf16 that are compared with fp32, where it has native bf16

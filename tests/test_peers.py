@@ -158,7 +158,7 @@ def test_every_row_is_measured_once(digits_workdir: Path, results: Path, monkeyp
     assert float(ours["roc_auc"]) == pytest.approx(of_verdict["roc_auc"], abs=1e-4)
     record = json.loads((run_dir / "run.json").read_text())
     assert float(ours["training_seconds"]) == pytest.approx(record["train_gan"]["seconds"], abs=0.1)
-    assert float(ours["ms_a_picture"]) > 0 and ours["seed"] == "0"
+    assert ours["seed"] == "0"
     run = peers.open_run(run_dir, 1000)
     view = pca.view(run.gan)
     training = peers.read(images.open_split("digits", "train", "0"), view)
@@ -166,12 +166,10 @@ def test_every_row_is_measured_once(digits_workdir: Path, results: Path, monkeyp
     for part, name in ((slice(None), "roc_auc"), (slice(1, None, 2), "roc_auc_report")):
         assert float(of_pca[name]) == pytest.approx(roc_auc_score(run.is_anomaly[part], score[part]), abs=1e-4)
 
+    before = (results / "peers.csv").read_bytes()
     peers.main(config)
     assert len(trained) == 2
-    again = {row["method"]: row for row in measure.read_rows(results / "peers.csv")}
-    ours_again = again.pop("ours: anomaly_score")  # timed anew
-    assert ours_again | {"ms_a_picture": ""} == ours | {"ms_a_picture": ""}
-    assert list(again.values()) == [of_pca, slow]
+    assert sorted((results / "peers.csv").read_bytes().splitlines()) == sorted(before.splitlines())
     peers.main(peers.Config((run_dir,), minutes=3))
     assert trained[2:] == ["slow 3"]
     peers.main(peers.Config((run_dir,), methods=("patch_pca",), seeds=(0, 1)))
@@ -283,6 +281,7 @@ def test_each_method(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.manual_seed(0)
         fitted = METHODS[name].fit(training, BUDGET)  # at least one batch
         found.append(fitted.score(test))
-    assert found[0].shape == (8,) and np.isfinite(found[0]).all() and fitted.seconds >= 0
+    assert found[0].shape == (8,) and np.isfinite(found[0]).all()
+    assert fitted.seconds > 0 or name == "smoothness"  # which learns nothing
     np.testing.assert_allclose(found[0], found[1], rtol=1e-3)
     assert len(set(found[0])) > 1
