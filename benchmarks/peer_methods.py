@@ -15,6 +15,7 @@ from scipy.ndimage import uniform_filter
 from sklearn.decomposition import PCA
 from torch.utils.data import DataLoader
 
+import detectors.pca
 from anogan import patches
 from anogan.decoding import View
 from anogan.runs import TrainedGAN
@@ -22,7 +23,7 @@ from benchmarks.measure import timed
 
 CPU = torch.device("cpu")
 PATCH = 16  # side of a patch
-COMPONENTS = 16  # of patches: the best of 3 to 192 on the development half of magnetic tiles
+PATCH_COMPONENTS = 16  # the best of 3 to 192 on the development half of magnetic tiles
 BATCH_SIZE = 32  # the default of anomalib's data modules
 
 Pictures = list[np.ndarray]  # uint8 (C, height, width) each
@@ -137,8 +138,8 @@ def residual(pca: PCA, x: np.ndarray) -> np.ndarray:
 
 
 def whole_pca(pictures: Pictures, budget: Budget) -> Fitted:
-    """What 32 principal components of whole pictures leave of a picture."""
-    pca = PCA(min(32, len(pictures)), svd_solver="full")
+    """What principal components of whole pictures leave of a picture; as many as `detectors.pca` keeps."""
+    pca = PCA(min(detectors.pca.COMPONENTS, len(pictures) - 1), svd_solver="full")
     seconds, _ = timed(lambda: pca.fit(vectors(pictures)), CPU)
     return Fitted(lambda test: residual(pca, vectors(test)), seconds, f"components: {pca.n_components_}")
 
@@ -160,7 +161,7 @@ def patch_vectors(picture: np.ndarray, stride: int) -> np.ndarray:
 
 def patch_pca(pictures: Pictures, budget: Budget) -> Fitted:
     """What principal components of patches leave of a picture's: its 99% quantile."""
-    pca = PCA(COMPONENTS, svd_solver="full")
+    pca = PCA(PATCH_COMPONENTS, svd_solver="full")
     seconds, _ = timed(lambda: pca.fit(np.concatenate([patch_vectors(each, PATCH) for each in pictures])), CPU)
 
     def score(picture: np.ndarray) -> float:

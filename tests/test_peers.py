@@ -52,15 +52,16 @@ def test_patch_pca_by_hand() -> None:
 
 def test_whole_pca_by_hand() -> None:
     random = np.random.default_rng(0)
-    pictures = list(random.integers(0, 256, (40, 1, 8, 8), np.uint8))
+    pictures = list(random.integers(0, 256, (300, 1, 20, 20), np.uint8))
     fitted = peer_methods.whole_pca(pictures, BUDGET)
-    x = np.stack(pictures).reshape(40, -1) / 255
+    x = np.stack(pictures).reshape(300, -1) / 255
     _, _, components = np.linalg.svd(x - x.mean(0), full_matrices=False)
-    test = random.integers(0, 256, (1, 8, 8), np.uint8)
+    test = random.integers(0, 256, (1, 20, 20), np.uint8)
     left = test.reshape(-1) / 255 - x.mean(0)
-    left -= components[:32].T @ (components[:32] @ left)
+    left -= components[:256].T @ (components[:256] @ left)
     np.testing.assert_allclose(fitted.score([test]), [np.linalg.norm(left)], rtol=1e-4)
-    assert peer_methods.whole_pca(pictures[:20], BUDGET).size == "components: 20"
+    assert fitted.size == "components: 256"
+    assert peer_methods.whole_pca(pictures[:20], BUDGET).size == "components: 19"
 
 
 def test_smoothness_by_hand() -> None:
