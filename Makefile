@@ -28,7 +28,7 @@ PEERS_FLAGS :=
 
 IS_NEW_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
 
-.PHONY: demo washers washers-grey magnetic-tile elpv test browser bench gpu-check table peers cifar10 lint clean
+.PHONY: demo washers washers-grey archive magnetic-tile elpv test browser bench gpu-check table peers cifar10 lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python train_gan.py --dataset digits --normal-class 1 --run-dir $(DEMO) \
@@ -54,10 +54,13 @@ washers washers-grey: $(VENV)/installed
 	$(BIN)/python fit_latent.py --run-dir outputs/$@-good --steps 50 --images data/$@/new
 	$(BIN)/python evaluate.py --run-dir outputs/$@-good --images data/$@/new
 
+# before anything is installed
+archive:
+	@test -d data/magnetic_tile || test -f "$(REAL)/magnetic_tile.tar.xz" || \
+	    { echo "error: there is no $(or $(REAL),DIR)/magnetic_tile.tar.xz: make magnetic-tile REAL=DIR"; exit 1; }
+
 # The GAN is not used for the scores of CutPaste and PCA: a small one, and one epoch, are enough
-magnetic-tile: $(VENV)/installed
-	@test -d data/magnetic_tile || test -n "$(REAL)" || \
-	    { echo "error: name the folder with magnetic_tile.tar.xz: make $@ REAL=DIR"; exit 1; }
+magnetic-tile: archive $(VENV)/installed
 	test -d data/magnetic_tile || $(BIN)/python -m examples.magnetic_tile --archive "$(REAL)/magnetic_tile.tar.xz"
 	$(BIN)/python train_gan.py --dataset data/magnetic_tile --normal-class good --run-dir outputs/magnetic-tile-good \
 	    --group-by 'tile(\d+)' --picture-size 128 --image-size 64 --ngf 8 --epochs 1

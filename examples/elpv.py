@@ -55,7 +55,7 @@ def main(config: Config) -> None:
                 Image.fromarray(cells[row]).save(partial / name / f"cell{row + 1:04d}.png")
     print(f"wrote {config.folder}/: {', '.join(f'{len(rows)} {name}' for name, rows in classes.items())}")
     where = util.quoted(config.folder)
-    print(f"next: python train_gan.py --dataset {where} --normal-class good --image-size 64 --epochs 1")
+    print(f"next: python train_gan.py --dataset {where} --normal-class good --image-size 64 --ngf 8 --epochs 1")
 
 
 if __name__ == "__main__":

@@ -61,9 +61,8 @@ def main(config: Config) -> None:
         for path, tile in tile_of.items():
             path.rename(path.with_name(f"tile{tile:03d}_{path.name}"))
     print(f"wrote {config.folder}/: pictures and masks of {len(set(tile_of.values()))} tiles")
-    print(
-        f"next: python train_gan.py --dataset {util.quoted(config.folder)} --group-by 'tile(\\d+)' --picture-size 128"
-    )
+    settings = "--normal-class good --group-by 'tile(\\d+)' --picture-size 128 --image-size 64 --ngf 8 --epochs 1"
+    print(f"next: python train_gan.py --dataset {util.quoted(config.folder)} {settings}")
 
 
 if __name__ == "__main__":
