@@ -20,7 +20,7 @@ BENCH_RUN := outputs/digits-1-64
 BENCH_DATA := --dataset digits
 
 # of magnetic-tile: the folder that holds magnetic_tile.tar.xz
-REAL :=
+REAL ?=
 # for the JPEG copy: make table TABLE="--dataset data/cifar10-jpeg --seeds 0 1 2"
 TABLE :=
 # for three seeds: make peers RUNS=outputs/elpv-mono-good PEERS_FLAGS="--seeds 0 1 2"

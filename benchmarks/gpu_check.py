@@ -74,7 +74,7 @@ class Sizes:
     timed_width: int = 64
     search_batches: tuple[int, ...] = (64, 512, 2048)
     training_batches: tuple[int, ...] = (64, 256, 512)
-    training_steps: int = 16  # of a turn: four are decoded before it by the usual loop's workers
+    training_steps: int = 16  # of a turn: the usual loop's workers have decoded four of them before it
     candidates: int = fit_latent.Config.candidates
     timed_steps: int = fit_latent.Config.steps
     repeats: int = 3
@@ -146,7 +146,8 @@ def main(config: Config) -> None:
     sizes = QUICK if config.quick else Sizes()
     best = util.pick_precision("auto", device)
     precisions = tuple(dict.fromkeys((best, "fp32")))  # bf16 first, where the hardware has it
-    findings = Findings(config.out, {**measure.about(device), "quick": config.quick})
+    about = {**measure.about(device), "quick": config.quick, "training_steps": sizes.training_steps}
+    findings = Findings(config.out, about)
     findings.about |= {"cudnn": torch.backends.cudnn.version(), "auto_precision": best}
     print(", ".join(f"{name} {value}" for name, value in findings.about.items()), flush=True)
     works = {"agreement": check_agreement, "search": time_search, "training": time_training, "scripts": time_scripts}
@@ -227,6 +228,7 @@ def check_agreement(
             continue
         with named_fault(findings, f"{name}: search"):
             compare_searches(findings, name, folder / f"{name}-cpu-fp32", sizes, precisions, device)
+        with named_fault(findings, f"{name}: scores"):
             compare_scores(findings, name, folder / f"{name}-cpu-fp32", device)
     with named_fault(findings, "a checkpoint of the device on the CPU"):
         compare_reading(findings, folder / f"pictures-{device.type}-{precisions[0]}", device)

@@ -38,7 +38,9 @@ def pixels_of_halves(run_dir: Path, sources: list[str], in_report: np.ndarray) -
     gan = runs.load_gan(run_dir, util.pick_device("auto"))
     if not masks.has_masks(gan.dataset):
         raise util.InputError(f"{gan.dataset} has no masks: leave out --pixels")
-    before = measure.read_metrics(run_dir)["threshold"]
+    before = measure.read_metrics(run_dir).get("threshold")
+    if before is None:
+        raise util.InputError(f"{run_dir} has no metrics.json with a verdict: run evaluate.py first")
     request = scoring.Request(before["score"], True, evaluate.Config.batch_size, skip_unreadable=True)
     with runs.run_folder(run_dir), util.full_precision():
         image_sets = {split: runs.open_split(gan, split) for split in ("validation", "test")}
@@ -48,10 +50,11 @@ def pixels_of_halves(run_dir: Path, sources: list[str], in_report: np.ndarray) -
             raise util.InputError(
                 f"{run_dir} has other test pictures than before, or no heat maps: run evaluate.py again"
             )
+        evaluate.check_parts(run_dir, before["parts"] if before["score"] == "combined" else None, normals)
         verdict = verdicts.decide(scored, normals, before["score"], before["alpha"], before["fdr"])
         level, middle = verdict.level, verdict.brightest / 2
         found = [metrics.pixel_metrics(test, level, middle, half) for half in (in_report, ~in_report)]
-    keys = {"pixel-level ROC-AUC": "pixel_roc_auc", "AUPRO": "aupro"}
+    keys = {f"pixel-level ROC-AUC, {test.map.name}": "pixel_roc_auc", f"AUPRO, {test.map.name}": "aupro"}
     return {name: tuple(math.nan if of[key] is None else of[key] for of in found) for name, key in keys.items()}
 
 
@@ -72,6 +75,8 @@ def main(config: Config) -> None:
     found = [{f"`{name}`": of[name] for name in config.scores or common} for of in found]
     if config.pixels:
         of_pixels = [pixels_of_halves(run_dir, pictures[0], in_report) for run_dir in config.run_dirs]
+        if any(of.keys() != of_pixels[0].keys() for of in of_pixels):
+            raise util.InputError("the runs show different heat maps: run evaluate.py with the same --score for all")
         found = [of | pixels for of, pixels in zip(found, of_pixels, strict=True)]
     print("| score | report half | development half |\n|---|---|---|")
     for name in found[0]:

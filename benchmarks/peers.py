@@ -118,7 +118,7 @@ def our_row(run: Judged) -> Row:
         **run.aucs(np.array([float(row[name]) for row in run.rows])),
         "training_seconds": f"{sum(each['seconds'] for each in trained):.1f}",
         "versions": f"torch {about['versions']['torch']}",
-        "hardware": f"{about['device']}, {about['cpu_threads']} threads",
+        "hardware": f"{about['device']}, {about.get('precision', 'fp32')}, {about['cpu_threads']} threads",
         "git_commit": " ".join(sorted({str(each["git_commit"]) for each in trained})),
     }
 
@@ -161,20 +161,22 @@ def to_markdown(rows: list[Row]) -> str:
 
     def cell(of: list[Row], name: str) -> str:
         values = [float(row[name]) for row in of if row[name]]
+        if "auc" not in name and len({row["hardware"] for row in of}) > 1:
+            return ""  # seconds of different machines have no mean
         digits = ".3f" if "auc" in name else ".1f"
         deviation = f" ± {np.std(values, ddof=1):.3f}" if "auc" in name and len(values) > 1 else ""
         return f"{np.mean(values):{digits}}{deviation}" if values else ""
 
-    lines = [
-        "| data | normal | method | side | seeds | ROC-AUC | report half | training, s | a picture, ms | size |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    names = (
+        "data | normal | method | side | seeds | ROC-AUC | report half | training, s | a picture, ms | size | hardware"
+    )
+    lines = [f"| {names} |", "|---|---|---|---|---|---|---|---|---|---|---|"]
     for of in sorted(groups.values(), key=lambda of: [of[0][name] for name in KEY[:4]]):
         seeds = ", ".join(row["seed"] for row in of)
-        size = "; ".join(dict.fromkeys(row["size"] for row in of))
+        size, hardware = ("; ".join(dict.fromkeys(row[name] for row in of)) for name in ("size", "hardware"))
         cells = (of[0]["data"], of[0]["normal_class"], f"`{of[0]['method']}`", of[0]["side"], seeds)
-        lines.append(f"| {' | '.join([*cells, *(cell(of, name) for name in FIGURES[:4]), size])} |")
-    for name in ("training_images", "test_images", "versions", "hardware", "git_commit"):
+        lines.append(f"| {' | '.join([*cells, *(cell(of, name) for name in FIGURES[:4]), size, hardware])} |")
+    for name in ("training_images", "test_images", "versions", "git_commit"):
         lines += ["", f"{name}: {'; '.join(sorted({row[name] for row in rows}))}"]
     return "\n".join(lines) + "\n"
 
@@ -212,6 +214,8 @@ def main(config: Config) -> None:
     opened = [open_run(run_dir, config.max_test) for run_dir in config.run_dirs]
     of_ours = [our_row(run) for run in opened]  # what is missing must be said before the first training
     ours_before = [tuple(ours[name] for name in RUN) for ours in of_ours]
+    if len(set(ours_before)) < len(ours_before):
+        raise util.InputError("two of these runs are of the same pictures and seed: name one of them")
     rows = [r for r in rows if not (r["method"].startswith("ours") and tuple(r[name] for name in RUN) in ours_before)]
     rows += of_ours
     for run in opened:

@@ -156,11 +156,15 @@ def test_it_finds_and_shows_what_was_moved_without_a_search(
         of_halves.append(
             (found["test"]["cutpaste"]["roc_auc"], found["pixels"]["pixel_roc_auc"], found["pixels"]["aupro"])
         )
-    for name, *values in zip(("`cutpaste`", "pixel-level ROC-AUC", "AUPRO"), *of_halves, strict=True):
+    for name, *values in zip(
+        ("`cutpaste`", "pixel-level ROC-AUC, distance", "AUPRO, distance"), *of_halves, strict=True
+    ):
         assert f"| {name} | {values[0]:.3f} | {values[1]:.3f} |" in printed
     (extra := stripes / "test/good/99.png").write_bytes((stripes / "test/good/00.png").read_bytes())
     assert "has other test pictures than before" in fails("benchmarks.halves", str(run_dir), "--pixels")
     extra.unlink()
+    (tmp_path / "run-0/metrics.json").unlink()
+    assert "has no metrics.json with a verdict" in fails("benchmarks.halves", str(tmp_path / "run-0"), "--pixels")
 
     # pictures without labels: the same scores and maps, on what the run folder keeps
     stripes.rename(moved := stripes.with_name("elsewhere"))
@@ -181,6 +185,12 @@ def test_it_finds_and_shows_what_was_moved_without_a_search(
     for score, shown in (("cutpaste", "distance"), ("anomaly_score", "difference")):
         run_here("evaluate.py", "--run-dir", str(run_dir), "--score", score, "--bootstrap", "20", *CPU)
         assert json.loads((run_dir / "metrics.json").read_text())["pixels"]["map"] == shown
+
+    flags = ["--scores", "cutpaste", "--pixels"]  # the copy of the run before its search
+    shutil.copytree(run_dir, tmp_path / "searched")
+    run_here("evaluate.py", "--run-dir", str(run_dir), "--score", "cutpaste", "--bootstrap", "20", *CPU)
+    both = [str(run_dir), str(tmp_path / "searched")]
+    assert "the runs show different heat maps" in fails("benchmarks.halves", *both, *flags)
 
     # with PCA the verdict rests on both, for new pictures too, and the map is one of theirs
     run_here("detectors.pca", "--run-dir", str(run_dir))

@@ -18,14 +18,11 @@ def test_it_runs_and_writes_both_files(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "gpu_check.json").read_text())
     names = " ".join(row["name"] for row in found["checks"])
-    for word in (
-        "digits: training",
-        "pictures: anomaly_score of the same z",
-        "steps in fp32 against fp32 on a CPU, median",
-    ):
-        assert word in names
+    assert "digits: training" in names and "pictures: anomaly_score of the same z" in names
     assert "D(G(z)) of a checkpoint" in names and "killed after" in names and "tensors that differ" in names
-    # the CPU against itself, but for the trainings in bf16 that are compared with fp32, where it has native bf16
+    for precision in {"fp32", found["auto_precision"]}:
+        assert f"pictures: A(x) after a search of 10 steps in {precision} against fp32 on a CPU, median" in names
+    # the CPU against itself, but for bf16 that is compared with fp32, where it has native bf16
     of_itself = [row for row in found["checks"] if "bf16 against fp32" not in row["name"]]
     assert all(row["holds"] for row in found["checks"]) and all(row["found"] == 0 for row in of_itself)
     assert all(check in done.stdout for check in map(gpu_check.check_line, found["checks"]))

@@ -233,11 +233,14 @@ def test_markdown_by_hand() -> None:
     ]
     table = peers.to_markdown(rows).splitlines()[2:6]
     assert table == [
-        "| set | good | `knn` | 64 | 0, 1 | 0.600 ± 0.141 | 0.800 ± 0.000 | 1000.5 | 20.0 |  |",
-        "| set | good | `draem` | 64 | 0 | 0.500 | 0.800 | 1.0 | 20.0 | epochs: 2 |",
-        "| set | good | `draem` | 64 | 0 | 0.500 | 0.800 | 1.0 | 20.0 | epochs: 4 |",
-        "| set | good | `ours: peak` | 64 | 0 | 1.000 | 1.000 |  |  |  |",
+        "| set | good | `knn` | 64 | 0, 1 | 0.600 ± 0.141 | 0.800 ± 0.000 | 1000.5 | 20.0 |  | here |",
+        "| set | good | `draem` | 64 | 0 | 0.500 | 0.800 | 1.0 | 20.0 | epochs: 2 | here |",
+        "| set | good | `draem` | 64 | 0 | 0.500 | 0.800 | 1.0 | 20.0 | epochs: 4 | here |",
+        "| set | good | `ours: peak` | 64 | 0 | 1.000 | 1.000 |  |  |  | here |",
     ]
+    rows[1]["hardware"] = "there"
+    row = "| set | good | `knn` | 64 | 0, 1 | 0.600 ± 0.141 | 0.800 ± 0.000 |  |  |  | here; there |"
+    assert peers.to_markdown(rows).splitlines()[2] == row
 
 
 def test_wrong_input(trained: Path, fails: Callable[..., str], results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +254,7 @@ def test_wrong_input(trained: Path, fails: Callable[..., str], results: Path, mo
     assert "--minutes must be at least 0.01" in message(run, "--minutes", "0")
     assert "--seeds must lie between" in message(run, "--seeds", "-1")
     flags = [run, "--methods", "patch_pca"]
+    assert "two of these runs are of the same pictures and seed" in message(run, *flags)
     assert "the report half lacks normal or anomalous pictures: raise --max-test" in message(*flags, "--max-test", "4")
     monkeypatch.setitem(METHODS, "missing", METHODS["patch_pca"]._replace(package="no-such-package"))
     with pytest.raises(InputError, match="no-such-package is not installed here: use make peers"):
