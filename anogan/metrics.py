@@ -187,11 +187,12 @@ def pixel_metrics(test: ScoredSplit, level: float, middle: float, among: np.ndar
 
     def heat_and_mask() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for row, heat in test.heats(np.flatnonzero(normal | (anomalous & has_file))):
-            size = upright(test.images.open(row)).size
+            picture = test.images.open(row)
+            size = upright(picture).size
             mask = np.zeros(size[::-1], bool)
             if test.is_anomaly[row]:
                 source = str(test.images.source[row])
-                mask = masks.open_mask(paths[source], source, test.images.open(row), size)
+                mask = masks.open_mask(paths[source], source, picture, size)
                 if not mask.any():
                     empty.append(paths[source].relative_to(test.gan.dataset).as_posix())
                     continue

@@ -177,7 +177,7 @@ def score_histograms(
     `scores` are by label, `is_second` (N,) says of which kind an image is, and `threshold` is drawn in the panel of its
     label, unless it is infinite.
     """
-    lines = -(-len(scores) // 3)  # three beside each other can be read in report.html
+    lines = -(-len(scores) // 3)  # three in a row can be read in report.html
     columns = -(-len(scores) // lines)
     figure = Figure(figsize=(max(6, 4 * columns), 3.6 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False)

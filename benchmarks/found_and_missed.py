@@ -14,9 +14,9 @@ import torch
 import tyro
 from PIL import Image
 
-import evaluate
 import util
-from anogan import heatmaps, masks, plots, runs, scores, scoring, verdicts
+from anogan import heatmaps, masks, plots, runs, verdicts
+from anogan.decoding import upright
 from anogan.scoring import ScoredSplit
 from benchmarks import measure
 
@@ -47,8 +47,9 @@ def mask_panel(test: ScoredSplit, row: int, path: Path | None, shape: tuple[int,
     height, width = shape[:2]
     if path is None:
         return np.full((height, width, 3), 128, np.uint8)
-    size = test.images.picture(row, test.gan.view).size
-    mask = masks.open_mask(path, test.images.source[row], test.images.open(row), size)
+    picture = test.images.open(row)
+    size = upright(picture).size
+    mask = masks.open_mask(path, test.images.source[row], picture, size)
     whole = Image.fromarray((255 * mask).astype(np.uint8)).convert("RGB")
     return np.asarray(whole.crop(test.gan.view.window(size)).resize((width, height)))
 
@@ -58,18 +59,10 @@ def main(config: Config) -> None:
     util.check_at_least(config, 1, "each")
     util.check_share(config, "alpha")
     gan = runs.load_gan(runs.find_run(config.run_dir), torch.device("cpu"))
-    score = measure.read_metrics(gan.run_dir).get("threshold", {}).get("score")
-    if score is None:
-        raise util.InputError(f"{gan.run_dir} was not evaluated: run evaluate.py first")
-    judged = next(each for each in scores.declared_for(gan, evaluate.SCORES) if each.name == score)
-    needed = (score, judged.pooled_of, *judged.parts)
-    declared = [each for each in evaluate.SCORES if each.name in needed or each.map is not None]
+    score = measure.read_verdict(gan.run_dir)["score"]
     with util.full_precision():
-        image_sets = {split: runs.open_split(gan, split) for split in ("validation", "test")}
-        scored = scoring.score_run(gan, image_sets, declared, scoring.Request(score, True, 256, False))
+        scored = measure.score_again(gan, score, skip_unreadable=False)
         test = scored["test"]
-        if test.map is None:
-            raise util.InputError(f"{gan.run_dir} has no heat maps: see docs/scores.md for what makes them")
         verdict = verdicts.decide(scored, scored["validation"].scores, score, config.alpha, None)
         rows, words = chosen(test, score, config.each)
         by = verdict.level, verdict.brightest, plots.LONGEST

@@ -147,8 +147,8 @@ def main(config: Config) -> None:
     best = util.pick_precision("auto", device)
     precisions = tuple(dict.fromkeys((best, "fp32")))  # bf16 first, where the hardware has it
     about = {**measure.about(device), "quick": config.quick, "training_steps": sizes.training_steps}
+    about |= {"cudnn": torch.backends.cudnn.version(), "auto_precision": best}
     findings = Findings(config.out, about)
-    findings.about |= {"cudnn": torch.backends.cudnn.version(), "auto_precision": best}
     print(", ".join(f"{name} {value}" for name, value in findings.about.items()), flush=True)
     works = {"agreement": check_agreement, "search": time_search, "training": time_training, "scripts": time_scripts}
     # figures that nobody looks at would take longer than the networks

@@ -18,7 +18,7 @@ import tyro
 
 import evaluate
 import util
-from anogan import masks, metrics, runs, scoring, verdicts
+from anogan import masks, metrics, runs, verdicts
 from benchmarks import measure
 
 
@@ -38,20 +38,15 @@ def pixels_of_halves(run_dir: Path, sources: list[str], in_report: np.ndarray) -
     gan = runs.load_gan(run_dir, util.pick_device("auto"))
     if not masks.has_masks(gan.dataset):
         raise util.InputError(f"{gan.dataset} has no masks: leave out --pixels")
-    before = measure.read_metrics(run_dir).get("threshold")
-    if before is None:
-        raise util.InputError(f"{run_dir} has no metrics.json with a verdict: run evaluate.py first")
-    request = scoring.Request(before["score"], True, evaluate.Config.batch_size, skip_unreadable=True)
+    before = measure.read_verdict(run_dir)
+    score, parts = evaluate.score_of_verdict(gan, None)
     with runs.run_folder(run_dir), util.full_precision():
-        image_sets = {split: runs.open_split(gan, split) for split in ("validation", "test")}
-        scored = scoring.score_run(gan, image_sets, evaluate.SCORES, request)
+        scored = measure.score_again(gan, score, skip_unreadable=True)
         test, normals = scored["test"], scored["validation"].scores
-        if list(test.images.source) != sources or test.map is None:
-            raise util.InputError(
-                f"{run_dir} has other test pictures than before, or no heat maps: run evaluate.py again"
-            )
-        evaluate.check_parts(run_dir, before["parts"] if before["score"] == "combined" else None, normals)
-        verdict = verdicts.decide(scored, normals, before["score"], before["alpha"], before["fdr"])
+        if list(test.images.source) != sources:
+            raise util.InputError(f"{run_dir} has other test pictures than before: run evaluate.py again")
+        evaluate.check_parts(run_dir, parts, normals)
+        verdict = verdicts.decide(scored, normals, score, before["alpha"], before["fdr"])
         level, middle = verdict.level, verdict.brightest / 2
         found = [metrics.pixel_metrics(test, level, middle, half) for half in (in_report, ~in_report)]
     keys = {f"pixel-level ROC-AUC, {test.map.name}": "pixel_roc_auc", f"AUPRO, {test.map.name}": "aupro"}

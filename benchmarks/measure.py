@@ -19,9 +19,11 @@ from torch.nn.functional import conv2d
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import evaluate
 import fit_latent
 import util
-from anogan import files, images, loading, runs
+from anogan import files, images, loading, runs, scores, scoring
+from anogan.scoring import ScoredSplit
 
 ROOT = Path(__file__).parents[1]
 RESULTS, DOCS = ROOT / "benchmarks/results", ROOT / "docs"  # where the benchmarks write
@@ -164,6 +166,31 @@ def read_metrics(run_dir: Path) -> dict[str, Any]:
         if not path.is_file() or files.fingerprint(path) != fingerprint:
             raise util.InputError(f"{run_dir}/metrics.json is of another {name}: run evaluate.py again")
     return metrics
+
+
+def read_verdict(run_dir: Path) -> dict[str, Any]:
+    """What evaluate.py last judged a run by, with which alpha. Raises InputError without it, or as `read_metrics`."""
+    verdict = read_metrics(run_dir).get("threshold")
+    if verdict is None:
+        raise util.InputError(
+            f"{run_dir} was not evaluated, it has no metrics.json with a verdict: run evaluate.py first"
+        )
+    return verdict
+
+
+def score_again(gan: runs.TrainedGAN, score: str, skip_unreadable: bool) -> dict[str, ScoredSplit]:
+    """Validation and test pictures of a run with what a score needs, and their heat maps.
+
+    Raises InputError without heat maps, or as `scoring.score_run` does.
+    """
+    judged = next(each for each in scores.declared_for(gan, evaluate.SCORES) if each.name == score)
+    needed = (score, judged.pooled_of, *judged.parts)
+    declared = [each for each in evaluate.SCORES if each.name in needed or each.map is not None]
+    image_sets = {split: runs.open_split(gan, split) for split in ("validation", "test")}
+    scored = scoring.score_run(gan, image_sets, declared, scoring.Request(score, True, 256, skip_unreadable))
+    if scored["test"].map is None:
+        raise util.InputError(f"{gan.run_dir} has no heat maps: see docs/scores.md for what makes them")
+    return scored
 
 
 def seeded_half(label: np.ndarray) -> np.ndarray:

@@ -184,7 +184,7 @@ def square_view(gan: TrainedGAN, side: int, channels: int) -> View:
     return replace(gan.view, size=size, channels=channels, fit="stretch", picture_size=None, normalise=False)
 
 
-def pyod_view(gan: TrainedGAN) -> View:
+def whole_view(gan: TrainedGAN) -> View:
     """Grey or in colour, as the GAN sees it."""
     return square_view(gan, 64, gan.image_channels)
 
@@ -209,12 +209,12 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "pyod_anogan": Method(pyod_anogan, pyod_view, "pyod"),
-    "pyod_deep_svdd": Method(pyod_deep_svdd, pyod_view, "pyod"),
-    "pyod_knn": Method(pyod_knn, pyod_view, "pyod"),
-    "pyod_pca": Method(pyod_pca, pyod_view, "pyod"),
-    "whole_pca": Method(whole_pca, pyod_view, "scikit-learn"),
-    "smoothness": Method(smoothness, pyod_view, "scipy"),
+    "pyod_anogan": Method(pyod_anogan, whole_view, "pyod"),
+    "pyod_deep_svdd": Method(pyod_deep_svdd, whole_view, "pyod"),
+    "pyod_knn": Method(pyod_knn, whole_view, "pyod"),
+    "pyod_pca": Method(pyod_pca, whole_view, "pyod"),
+    "whole_pca": Method(whole_pca, whole_view, "scikit-learn"),
+    "smoothness": Method(smoothness, whole_view, "scipy"),
     "patch_pca": Method(patch_pca, patch_view, "scikit-learn"),
     "ganomaly": Method(ganomaly, anomalib_view, "anomalib", has_budget=True),
     "draem": Method(draem, anomalib_view, "anomalib", has_budget=True),

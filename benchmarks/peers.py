@@ -1,4 +1,4 @@
-"""Other methods on the pictures of finished runs: PyOD's, anomalib's, PCA, and how smooth a picture is. ROC-AUC beside
+"""Other methods on the pictures of finished runs: PyOD's, anomalib's, PCA, and how smooth a picture is. ROC-AUC and
 seconds.
 
     make peers RUNS="outputs/magnetic-tile-good outputs/elpv-mono-good"
@@ -81,8 +81,7 @@ def open_run(run_dir: Path, count: int) -> Judged:
     Raises InputError if they are not those of the data set, or the report half has normal or anomalous ones alone.
     """
     gan = runs.load_gan(run_dir, CPU)
-    if "threshold" not in measure.read_metrics(run_dir):
-        raise util.InputError(f"{run_dir} has no metrics.json with a verdict: run evaluate.py first")
+    measure.read_verdict(run_dir)  # raises if there is none
     rows, is_anomaly = measure.test_rows(run_dir)
     in_report = measure.report_half(rows, gan.group_by)
     # not the seed of CIFAR-10's seeded half: the subset would lie inside it, or hold all of it
@@ -104,8 +103,7 @@ def our_row(run: Judged) -> Row:
     The seed is that of the detectors which the score rests on, and the GAN's if none of them has one.
     """
     run_dir = run.gan.run_dir
-    record, metrics = runs.read_record(run_dir), measure.read_metrics(run_dir)
-    name = metrics["threshold"]["score"]
+    record, name = runs.read_record(run_dir), measure.read_verdict(run_dir)["score"]
     sources = scores.sources_of(name, scores.with_pools(evaluate.SCORES))
     scripts = {source.command.rpartition("detectors.")[2] for source in sources}
     detectors = [of for script, of in record.items() if script in scripts]
